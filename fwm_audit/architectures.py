@@ -1,0 +1,149 @@
+"""From an architecture's name in the catalog to an `nn.Module` with no weights of its own worth keeping.
+
+    torchvision:resnet18?num_classes=10
+    timm:vit_tiny_patch16_224?num_classes=100
+    factory:package.module:callable?width=16        only from packages that the operator allows
+
+A catalog is data and must not name code to run or files to open: factories need permission, and
+arguments that make a library download weights or unpickle a file are refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import parse_qsl
+
+import timm
+import torchvision
+from torch import nn
+
+from fwm_audit.errors import ArchitectureError, ErrorCode
+
+#: Arguments through which timm and torchvision fetch or unpickle weights, or run a file.
+_REFUSED: Final = frozenset(
+    {
+        "cache_dir",
+        "checkpoint_path",
+        "file",
+        "model_name",
+        "name",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "progress",
+        "scriptable",
+        "weights",
+        "weights_backbone",
+    }
+)
+_NAME = re.compile(r"[A-Za-z0-9_.\-]+")
+_FACTORY = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<callable>[A-Za-z_]\w*)")
+Scalar = int | float | bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A parsed architecture: `source` is torchvision, timm or factory."""
+
+    source: str
+    name: str
+    arguments: dict[str, Scalar]
+
+
+def parse(spec: str) -> Architecture:
+    """The parts of an architecture's name.
+
+    Raises:
+        ArchitectureError: It has not the form `source:name?argument=value&...`.
+    """
+    source, colon, rest = spec.partition(":")
+    name, _, query = rest.partition("?")
+    pattern = {"torchvision": _NAME, "timm": _NAME, "factory": _FACTORY}.get(source)
+    if not colon or pattern is None or not pattern.fullmatch(name):
+        raise ArchitectureError(
+            ErrorCode.ARCH_UNKNOWN,
+            f"arch {spec[:120]!r} is not torchvision:NAME, timm:NAME or factory:package.module:callable, "
+            "each with ?argument=value where wanted",
+        )
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), max_num_fields=32)
+    except ValueError:
+        raise ArchitectureError(ErrorCode.ARCH_UNKNOWN, f"arch {spec[:120]!r}: arguments are a=1&b=2") from None
+    arguments = {key: _scalar(value) for key, value in pairs}
+    if refused := sorted(_REFUSED & arguments.keys()):
+        raise ArchitectureError(
+            ErrorCode.ARCH_NOT_ALLOWED, f"arch argument {refused[0]!r} could load code or weights and is refused"
+        )
+    return Architecture(source, name, arguments)
+
+
+def build(spec: str, allowed_factories: Sequence[str] = ()) -> nn.Module:
+    """The module that `spec` names, on the CPU, in eval mode, with arbitrary weights.
+
+    Args:
+        spec: See the module's docstring.
+        allowed_factories: Packages (`company.models` allows all below it) that factories may come from.
+
+    Raises:
+        ArchitectureError: Unknown name, not allowed, or the library does not take the arguments.
+    """
+    arch = parse(spec)
+    if arch.source == "factory":
+        module = arch.name.partition(":")[0]
+        if not any(module == package or module.startswith(package + ".") for package in allowed_factories):
+            raise ArchitectureError(
+                ErrorCode.ARCH_NOT_ALLOWED,
+                f"factory {arch.name!r} is in no allowed package: pass --allow-factory {module.partition('.')[0]} "
+                "if you trust that code",
+            )
+    try:
+        model = _construct(arch)
+    except ArchitectureError:
+        raise
+    except Exception as error:  # a library's constructor may raise anything at all
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ArchitectureError(ErrorCode.ARCH_UNKNOWN, f"cannot build {spec[:120]!r}: {reason}") from None
+    if not isinstance(model, nn.Module):
+        raise ArchitectureError(
+            ErrorCode.ARCH_UNKNOWN, f"{spec[:120]!r} made a {type(model).__name__}, not a torch.nn.Module"
+        )
+    return model.eval()
+
+
+def input_shape(spec: str, model: nn.Module) -> tuple[int, ...] | None:
+    """Shape of one input where the library states it: timm's configuration, torchvision's 3 x 224 x 224.
+
+    A factory's module may state it as an attribute `input_shape`. None: the user has to say.
+    """
+    stated = getattr(model, "input_shape", None)
+    if stated is None and isinstance(config := getattr(model, "pretrained_cfg", None), dict):
+        stated = config.get("input_size")
+        if stated is not None and isinstance(channels := parse(spec).arguments.get("in_chans"), int):
+            stated = (channels, *stated[1:])
+    if stated is None and parse(spec).source == "torchvision":
+        stated = (3, 224, 224)
+    return None if stated is None else tuple(int(size) for size in stated)
+
+
+def _construct(arch: Architecture) -> Any:
+    if arch.source == "torchvision":
+        return torchvision.models.get_model(arch.name, weights=None, **arch.arguments)
+    if arch.source == "timm":
+        if not timm.is_model(arch.name):
+            raise ArchitectureError(ErrorCode.ARCH_UNKNOWN, f"timm has no model {arch.name!r}")
+        return timm.create_model(arch.name, pretrained=False, **arch.arguments)
+    module, _, name = arch.name.partition(":")
+    return getattr(importlib.import_module(module), name)(**arch.arguments)
+
+
+def _scalar(text: str) -> Scalar:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return value if isinstance(value, int | float | bool | str) else text

@@ -1,0 +1,277 @@
+"""Audit one model: a catalog entry and its key become an audit record.
+
+    entry -> sealed key (opened once, kept) -> checkpoint fetched and digested -> opened -> fitted to
+    its architecture -> triggers run -> verdict
+
+Nothing here knows about Ray or about other models. Whatever goes wrong with one entry becomes that
+entry's `error` record; no path leads to `intact` except labels that agree.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, Final, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fwm_audit import storage
+from fwm_audit.architectures import build
+from fwm_audit.catalog import CatalogEntry
+from fwm_audit.checkpoint import fit, open_checkpoint
+from fwm_audit.errors import ErrorCode, FwmError, KeyFileError
+from fwm_audit.key import MasterSecret, fingerprint
+from fwm_audit.records import AuditRecord
+from fwm_audit.triggers import TriggerSet
+from fwm_audit.verdict import Displacement, Tolerance, Verdict
+from fwm_audit.verification import verify_copy
+
+log = logging.getLogger(__name__)
+
+_KEY_CACHE_BYTES: Final = 1 << 30
+_SKELETON_CACHE_BYTES: Final = 2 << 30
+_MESSAGE_LENGTH: Final = 500
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditSettings:
+    """What every audit of a run shares; plain data and references, no secret.
+
+    Attributes:
+        keys: URI under which the sealed keys lie.
+        base: Folder against which relative local URIs are resolved.
+        key_fingerprints: SHA-256 of each sealed key ("model_id/key_id") as the run first saw it.
+        allowed_factories: Packages from which architectures may be built.
+        device: `cpu`, `cuda` or `auto`.
+        master_key_file: Path of the master secret on the worker; None takes FWM_MASTER_KEY_FILE.
+    """
+
+    run_id: str
+    run_started_at: datetime
+    keys: str
+    base: str
+    key_fingerprints: Mapping[str, str | None]
+    tolerance: Tolerance = Tolerance.EXACT
+    allowed_factories: tuple[str, ...] = ()
+    device: str = "auto"
+    master_key_file: str | None = None
+
+
+def key_name(model_id: str, key_id: str) -> str:
+    """Path of a sealed key below the keys' URI."""
+    return f"{model_id}/{key_id}.fwmkey"
+
+
+def error_record(
+    settings: AuditSettings,
+    entry: CatalogEntry,
+    error: FwmError,
+    *,
+    shard: int,
+    attempt: int,
+    worker: str = "",
+    **facts: Any,
+) -> AuditRecord:
+    """The record of an entry that could not be judged; `facts` are further columns already known."""
+    return AuditRecord(
+        run_id=settings.run_id,
+        run_started_at=settings.run_started_at,
+        audited_at=datetime.now(UTC),
+        shard=shard,
+        attempt=attempt,
+        model_id=entry.model_id,
+        uri=entry.uri,
+        arch=entry.arch,
+        key_id=entry.key_id,
+        verdict=Verdict.ERROR,
+        displacement=Displacement.UNKNOWN,
+        error_code=error.code.value,
+        error_message=_printable(error.message),
+        worker=worker,
+        versions=versions(),
+        **facts,
+    )
+
+
+@functools.cache
+def versions() -> str:
+    """JSON of the versions that decide what a model computes."""
+    return json.dumps({"fwm-audit": version("fwm-audit"), "torch": torch.__version__})
+
+
+class Auditor:
+    """Audits entries one after the other, with opened keys and built architectures kept between them.
+
+    Args:
+        settings: The run's.
+        worker: Name of the process, for the records.
+
+    Raises:
+        UsageError: The master secret cannot be read here.
+    """
+
+    def __init__(self, settings: AuditSettings, worker: str) -> None:
+        self.settings = settings
+        self.worker = worker
+        self.master = MasterSecret.from_file(settings.master_key_file)
+        cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self._keys: _Cache[tuple[TriggerSet, str]] = _Cache(_KEY_CACHE_BYTES)
+        self._skeletons: _Cache[nn.Module] = _Cache(_SKELETON_CACHE_BYTES)
+
+    def audit(self, entry: CatalogEntry, *, shard: int, attempt: int) -> AuditRecord:
+        """The record of one entry; never raises for what is wrong with that entry."""
+        facts: dict[str, Any] = {}
+        try:
+            if entry.problem is not None:
+                raise entry.problem
+            return self._audit(entry, shard, attempt, facts)
+        except FwmError as error:
+            known = error
+        except (MemoryError, torch.OutOfMemoryError):
+            known = FwmError(
+                ErrorCode.OUT_OF_MEMORY, "the model does not fit into this worker's memory: give workers more"
+            )
+        except Exception as error:
+            # A checkpoint is hostile input: whatever it breaks is a finding about it, not about the run.
+            log.exception("unexpected failure while auditing %s", entry.uri)
+            known = FwmError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
+        return error_record(
+            self.settings, entry, known, shard=shard, attempt=attempt, worker=self.worker, **facts
+        )
+
+    def _audit(self, entry: CatalogEntry, shard: int, attempt: int, facts: dict[str, Any]) -> AuditRecord:
+        triggers, key_fingerprint = self._key(entry)
+        facts |= {"key_fingerprint": key_fingerprint, "method": triggers.method, "device": str(self.device)}
+        skeleton = self._skeleton(entry.arch or triggers.arch)
+        clock = time.perf_counter
+        started = clock()
+        with storage.fetch(entry.uri, base=self.settings.base) as fetched:
+            expected = entry.sha256 or triggers.checkpoint_sha256
+            facts |= {
+                "fetch_ms": 1e3 * (clock() - started),
+                "size_bytes": fetched.size,
+                "etag": fetched.etag,
+                "sha256": fetched.sha256,
+                "digest_matches": fetched.sha256 == expected if expected else None,
+            }
+            started = clock()
+            checkpoint = open_checkpoint(fetched.path)
+            facts |= {"container": checkpoint.container.value, "dtype": checkpoint.dtype}
+            load(skeleton, fit(checkpoint, skeleton.state_dict()))
+            variant = triggers.variant_for(checkpoint.dtype)
+            facts |= {"load_ms": 1e3 * (clock() - started), "variant": variant}
+        started = clock()
+        seen = verify_copy(skeleton, triggers, self.settings.tolerance, variant=variant, device=self.device)
+        return AuditRecord(
+            run_id=self.settings.run_id,
+            run_started_at=self.settings.run_started_at,
+            audited_at=datetime.now(UTC),
+            shard=shard,
+            attempt=attempt,
+            model_id=entry.model_id,
+            uri=entry.uri,
+            arch=entry.arch,
+            key_id=entry.key_id,
+            verdict=seen.verdict,
+            displacement=seen.displacement,
+            triggers=seen.total,
+            matches=seen.matches,
+            match_rate=seen.matches / seen.total,
+            p_value=seen.p_value,
+            mismatched=list(seen.mismatched),
+            verify_ms=1e3 * (clock() - started),
+            worker=self.worker,
+            versions=versions(),
+            **facts,
+        )
+
+    def _key(self, entry: CatalogEntry) -> tuple[TriggerSet, str]:
+        name = key_name(entry.model_id, entry.key_id)
+        return self._keys.get(name, lambda: self._open_key(entry, name), lambda key: key[0].nbytes())
+
+    def _open_key(self, entry: CatalogEntry, name: str) -> tuple[TriggerSet, str]:
+        known = f"{entry.model_id}/{entry.key_id}"
+        seen_first = self.settings.key_fingerprints.get(known)
+        try:
+            sealed = storage.read(storage.join(self.settings.keys, name))
+        except FwmError as error:
+            if error.code is not ErrorCode.OBJECT_MISSING:
+                raise
+            raise KeyFileError(
+                ErrorCode.KEY_MISSING,
+                f"there is no key {name}: embed a watermark in the model, or correct the catalog's key_id",
+            ) from None
+        seen = fingerprint(sealed)
+        if known in self.settings.key_fingerprints and seen != seen_first:
+            raise KeyFileError(
+                ErrorCode.KEY_CHANGED, f"the key {name} was replaced after the run began: start a new run"
+            )
+        triggers = TriggerSet.unseal(sealed, self.master)
+        if (triggers.model_id, triggers.key_id) != (entry.model_id, entry.key_id):
+            raise KeyFileError(
+                ErrorCode.KEY_OTHER_MODEL,
+                f"the file {name} holds key {triggers.key_id} of model {triggers.model_id}: restore the right file",
+            )
+        return triggers, seen
+
+    def _skeleton(self, arch: str) -> nn.Module:
+        def make() -> nn.Module:
+            # Built on the CPU, so that buffers which no checkpoint holds get their values.
+            return (
+                build(arch, self.settings.allowed_factories)
+                .to(device=self.device, dtype=torch.float64)
+                .requires_grad_(requires_grad=False)
+            )
+
+        return self._skeletons.get(arch, make, lambda model: sum(t.nbytes for t in model.state_dict().values()))
+
+
+def load(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put fitted tensors into a float64 skeleton, each rounded by nothing: every float widens exactly.
+
+    Raises:
+        FwmError: The checkpoint ties or splits tensors otherwise than its architecture.
+    """
+    state = skeleton.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+        # Tied parameters were written twice; if the copies differ, the last one won for both.
+        for name, tensor in tensors.items():
+            if not torch.equal(state[name].cpu(), tensor.to(state[name].dtype)):
+                raise FwmError(
+                    ErrorCode.CHECKPOINT_MISMATCH,
+                    f"{name} is tied to another parameter in the architecture, but not equal to it in the checkpoint",
+                )
+
+
+@dataclass(slots=True)
+class _Cache(Generic[T]):
+    """Least recently used values up to a number of bytes; the newest stays whatever its size."""
+
+    limit: int
+    held: OrderedDict[str, tuple[T, int]] = field(default_factory=OrderedDict)
+
+    def get(self, name: str, make: Callable[[], T], size: Callable[[T], int]) -> T:
+        if name not in self.held:
+            value = make()
+            self.held[name] = (value, size(value))
+        self.held.move_to_end(name)
+        while len(self.held) > 1 and sum(bytes_ for _, bytes_ in self.held.values()) > self.limit:
+            self.held.popitem(last=False)
+        return self.held[name][0]
+
+
+def _printable(text: str) -> str:
+    """One line without control characters: names inside a hostile file end up in error messages."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:_MESSAGE_LENGTH]

@@ -1,0 +1,548 @@
+"""Audit a fleet: plan what is left, let Ray actors audit one model at a time, commit shard by shard.
+
+    plan      catalog -> entries, sealed keys -> fingerprints, stored run.json and parts -> what is missing
+    execute   one model in flight on each actor, exactly one record for each entry, whatever workers do
+    commit    a part when its shard is complete (create-only), the manifest when all parts are there
+
+The dispatcher stands on plain actors and `ray.wait`. The layers above lose the count when a worker
+dies: Ray Data drops the row's block or restarts for ever, `ActorPool` forgets what was pending
+(both measured with Ray 2.60).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+
+from fwm_audit import storage
+from fwm_audit.catalog import CatalogEntry, read_catalog
+from fwm_audit.check import Auditor, AuditSettings, error_record, key_name
+from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
+from fwm_audit.key import fingerprint
+from fwm_audit.records import (
+    AuditRecord,
+    Run,
+    check_run_id,
+    counts,
+    from_parquet,
+    manifest,
+    run_path,
+    to_parquet,
+)
+from fwm_audit.verdict import Tolerance, Verdict
+
+log = logging.getLogger(__name__)
+
+#: A model is tried again once when its worker died: the cause may have been a neighbour or the node.
+_ATTEMPTS: Final = 2
+#: Only the end of a process frees a CUDA context and what native code leaked.
+_MODELS_PER_ACTOR: Final = 200
+#: Longest wait for an answer before deadlines are looked at again.
+_TICK_S: Final = 1.0
+_PATIENCE_S: Final = 30.0
+_IO_THREADS: Final = 16
+
+#: Records so far, records of a complete run, records by verdict.
+Progress = Callable[[int, int, Mapping[str, int]], None]
+
+
+class IncompleteError(Exception):
+    """The run stopped early: its finished shards are stored, and the same run id resumes it.
+
+    Args:
+        message: Why, for a person.
+        verdicts: Records by verdict so far; a tampered model found early still decides the exit code.
+    """
+
+    def __init__(self, message: str, verdicts: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.verdicts = verdicts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditJob:
+    """What the operator asked for.
+
+    Attributes:
+        actors: Worker processes; None takes one for each CPU (or share of a GPU) of the cluster.
+        gpus_per_actor: Share of a GPU for each; 0 audits on the CPU.
+        timeout_s: Seconds for one model, from the moment a ready worker begins.
+        master_key_file: A path as the workers see it; None lets their FWM_MASTER_KEY_FILE tell.
+    """
+
+    catalog: str
+    keys: str
+    out: str
+    run_id: str
+    tolerance: Tolerance = Tolerance.EXACT
+    allowed_factories: tuple[str, ...] = ()
+    actors: int | None = None
+    gpus_per_actor: float = 0.0
+    timeout_s: float = 600.0
+    master_key_file: str | None = None
+    shard_size: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run and what is left of it. `resumed`: its run.json is stored. `missing`: shards without a part."""
+
+    job: AuditJob
+    run: Run
+    entries: tuple[CatalogEntry, ...]
+    resumed: bool
+    missing: tuple[int, ...]
+
+    @property
+    def manifest(self) -> str:
+        """Where the manifest is, once the run is complete."""
+        return self.locate(run_path(self.run.run_id, "manifest.json"))
+
+    def locate(self, name: str) -> str:
+        """URI of a name relative to the output."""
+        return storage.join(storage.absolute(self.job.out), name)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A complete run: its records by verdict, its error records by code, the URI of its manifest."""
+
+    run_id: str
+    verdicts: Mapping[str, int]
+    errors: Mapping[str, int]
+    manifest: str
+
+
+class AuditWorker:
+    """The Ray actor around an `Auditor`: a process that audits one model after another."""
+
+    def __init__(self, settings: AuditSettings) -> None:
+        self._settings = settings
+        self._auditor: Auditor | None = None
+
+    def start(self) -> None:
+        """Load torch and open the master secret.
+
+        Not in `__init__`: Ray reports an exception there as text and a dead actor, one from a method
+        as itself.
+
+        Raises:
+            UsageError: This worker has no master secret.
+        """
+        import torch  # noqa: PLC0415  # 400 MB that the driver, which imports this module too, never needs
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+        torch.set_num_threads(max(1, int(cpus)))
+        self._auditor = Auditor(self._settings, f"{socket.gethostname()}:{os.getpid()}")
+
+    def audit(self, entry: CatalogEntry, *, shard: int, attempt: int) -> AuditRecord:
+        """The record of one entry; whatever is wrong with the model is in the record."""
+        assert self._auditor is not None
+        return self._auditor.audit(entry, shard=shard, attempt=attempt)
+
+
+def run_audit(
+    job: AuditJob, *, progress: Progress = lambda *_: None, worker: type[AuditWorker] = AuditWorker
+) -> Summary:
+    """The counts of a complete run; what an earlier attempt of the same run stored is not audited again.
+
+    Needs `ray.init()` to have been called.
+
+    Args:
+        job: What to audit.
+        progress: Called after each record.
+        worker: Class of the actors.
+
+    Raises:
+        UsageError: Nothing can be audited with these arguments, or a worker lacks the master secret.
+        IncompleteError: The run stopped early; the same run id resumes it.
+    """
+    plan = plan_audit(job)
+    if not plan.resumed and not storage.create(
+        plan.locate(run_path(job.run_id, "run.json")), plan.run.to_json()
+    ):
+        plan = plan_audit(job)  # another driver began this run a moment ago: agree with it, or refuse
+    try:
+        return _summary(plan, storage.read(plan.manifest))
+    except StorageError as error:
+        if error.code is not ErrorCode.OBJECT_MISSING:
+            raise
+    verdicts: Counter[str] = Counter()
+    try:
+        _execute(plan, verdicts, progress, worker)
+        return _commit(plan)
+    except (KeyboardInterrupt, RayError, FwmError, UsageError) as error:
+        if isinstance(error, UsageError) and not verdicts[Verdict.TAMPERED]:
+            raise
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        raise IncompleteError(
+            f"run {job.run_id} is incomplete: {reason}. Finished shards are stored; "
+            f"--run-id {job.run_id} with the same settings audits the rest",
+            counts(verdicts),
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------- plan
+
+
+def plan_audit(job: AuditJob) -> Plan:
+    """What a run would do. Reads the catalog, the sealed keys and the output; writes nothing.
+
+    Raises:
+        UsageError: The catalog cannot be used, or the stored run of this id has other settings.
+    """
+    check_run_id(job.run_id)
+    catalog, keys = storage.absolute(job.catalog), storage.absolute(job.keys)
+    try:
+        data = storage.read(catalog)
+    except StorageError as error:
+        raise UsageError(f"cannot read the catalog: {error.message}") from None
+    entries = read_catalog(data, catalog)
+    base = str(Path.cwd())
+    settings = {
+        "catalog": catalog,
+        "keys": keys,
+        "tolerance": job.tolerance.value,
+        "allow_factory": sorted(job.allowed_factories),
+        # The rest of a run must not read other files because it was resumed from another folder.
+        "relative_to": base
+        if any(storage.absolute(entry.uri, base) != entry.uri for entry in entries)
+        else None,
+    }
+    run = Run(
+        run_id=job.run_id,
+        started_at=datetime.now(UTC),
+        settings=settings,
+        catalog_sha256=hashlib.sha256(data).hexdigest(),
+        rows=len(entries),
+        shard_size=job.shard_size,
+        key_fingerprints=_fingerprints(entries, keys),
+        code_version=_code_version(),
+    )
+    plan = Plan(job, run, entries, resumed=False, missing=tuple(range(run.shards)))
+    try:
+        stored = Run.from_json(storage.read(plan.locate(run_path(job.run_id, "run.json"))))
+    except StorageError as error:
+        if error.code is not ErrorCode.OBJECT_MISSING:
+            raise
+        return plan
+    if differences := stored.differences(run):
+        raise UsageError(
+            f"run {job.run_id} was started with other values of {', '.join(differences)}: "
+            "repeat them to resume it, or start a new run with a new --run-id"
+        )
+    plan = replace(plan, run=stored, resumed=True)
+    there = _names_in(plan.locate(os.path.dirname(stored.part(0))))
+    missing = tuple(shard for shard in plan.missing if os.path.basename(stored.part(shard)) not in there)
+    return replace(plan, missing=missing)
+
+
+def _code_version() -> str:
+    try:
+        return importlib.metadata.version("fwm-audit")
+    except importlib.metadata.PackageNotFoundError:
+        return "uninstalled"  # run from a working directory
+
+
+def _fingerprints(entries: Iterable[CatalogEntry], keys: str) -> dict[str, str | None]:
+    """SHA-256 of each sealed key that the entries name, None where there is none."""
+    names = sorted({(entry.model_id, entry.key_id) for entry in entries if entry.problem is None})
+
+    def hash_some(some: Sequence[tuple[str, str]]) -> list[str | None]:
+        return [_fingerprint(storage.join(keys, key_name(*name))) for name in some]
+
+    # One slice for each thread: a future for each of 100,000 keys would take more memory than the result.
+    slices = [names[start::_IO_THREADS] for start in range(_IO_THREADS)]
+    with ThreadPoolExecutor(_IO_THREADS) as pool:
+        hashed = zip(itertools.chain(*slices), itertools.chain(*pool.map(hash_some, slices)), strict=True)
+        return {f"{model_id}/{key_id}": value for (model_id, key_id), value in sorted(hashed)}
+
+
+def _fingerprint(uri: str) -> str | None:
+    try:
+        return fingerprint(storage.read(uri))
+    except StorageError as error:
+        if error.code is ErrorCode.OBJECT_MISSING:
+            return None
+        raise
+
+
+def _names_in(folder: str) -> set[str]:
+    try:
+        return {os.path.basename(item.uri) for item in storage.listing(folder)}
+    except StorageError as error:
+        if error.code is ErrorCode.OBJECT_MISSING:
+            return set()
+        raise
+
+
+# ------------------------------------------------------------------------------------------- execute
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    entry: CatalogEntry
+    shard: int
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What one actor is doing: starting (`task` is None), or auditing its `served`-th model."""
+
+    actor: Any
+    task: _Task | None = None
+    deadline: float = math.inf
+    served: int = 0
+
+
+class _Dispatcher:
+    """Exactly one record for each task. Every actor has one call in flight, or is gone."""
+
+    def __init__(
+        self, spawn: Callable[[], Any], settings: AuditSettings, *, actors: int, timeout_s: float
+    ) -> None:
+        self._spawn = spawn
+        self._settings = settings
+        self._actors = actors
+        self._timeout_s = timeout_s
+        self._todo: deque[_Task] = deque()
+        self._calls: dict[ray.ObjectRef[Any], _Call] = {}
+        self._failed_starts = 0
+        self._heard = time.monotonic()
+
+    def records(self, tasks: Iterable[_Task]) -> Iterator[tuple[_Task, AuditRecord]]:
+        """Each task with its record, in the order of completion; kills its actors when closed."""
+        self._todo.extend(tasks)
+        unanswered = {task.entry.row for task in self._todo}
+        try:
+            while unanswered:
+                self._staff()
+                for task, record in self._answers():
+                    unanswered.remove(task.entry.row)  # a second record for one row would raise here
+                    yield task, record
+        finally:
+            for call in self._calls.values():
+                ray.kill(call.actor)
+
+    def _staff(self) -> None:
+        """Start actors, though never more than there are models for them."""
+        starting = sum(call.task is None for call in self._calls.values())
+        for _ in range(min(self._actors - len(self._calls), len(self._todo) - starting)):
+            actor = self._spawn()
+            self._calls[actor.start.remote()] = _Call(actor)
+
+    def _answers(self) -> Iterator[tuple[_Task, AuditRecord]]:
+        ready, _ = ray.wait(list(self._calls), timeout=_TICK_S)
+        for ref in ready:
+            self._heard = time.monotonic()
+            call = self._calls.pop(ref)
+            record = self._settle(ref, call)
+            if call.task is not None and record is not None:
+                yield call.task, record
+        now = time.monotonic()
+        for ref, call in list(self._calls.items()):
+            if call.task is not None and call.deadline <= now:
+                del self._calls[ref]
+                ray.kill(call.actor)
+                # Not tried again: the second try would hold up the fleet for as long as the first.
+                text = f"not audited within {self._timeout_s:g} s, the limit set by --timeout"
+                yield call.task, self._error(call.task, FwmError(ErrorCode.TIMEOUT, text))
+        if now - self._heard > _PATIENCE_S and all(call.task is None for call in self._calls.values()):
+            self._heard = now
+            log.info("no worker yet: %d wait for the cluster to have room for them", len(self._calls))
+
+    def _settle(self, ref: ray.ObjectRef[Any], call: _Call) -> AuditRecord | None:
+        """The record that a finished call gives, if any; its actor goes on or is replaced."""
+        try:
+            record: AuditRecord | None = ray.get(ref)
+        except RayTaskError as error:  # raised in the worker, which lives on
+            cause: Exception = error.cause
+            if isinstance(cause, UsageError):
+                ray.kill(call.actor)
+                raise cause from None
+            if call.task is None:
+                self._start_failed(call, error)
+                return None
+            log.exception("the audit of %s raised; this is a bug", call.task.entry.uri)
+            internal = FwmError(
+                ErrorCode.INTERNAL, f"{type(cause).__name__} in the worker; its log has the rest"
+            )
+            record = self._error(call.task, cause if isinstance(cause, FwmError) else internal)
+        except RayError as error:  # the worker is dead, or out of reach and as good as dead
+            if call.task is None:
+                self._start_failed(call, error)
+                return None
+            ray.kill(call.actor)
+            return self._died(call.task, error)
+        if call.task is None:
+            self._failed_starts = 0
+        self._employ(call)
+        return record
+
+    def _employ(self, call: _Call) -> None:
+        """Give a ready actor its next model, or let it go."""
+        if not self._todo or call.served >= _MODELS_PER_ACTOR:
+            ray.kill(call.actor)
+            return
+        task = self._todo.popleft()
+        ref = call.actor.audit.remote(task.entry, shard=task.shard, attempt=task.attempt)
+        self._calls[ref] = _Call(call.actor, task, time.monotonic() + self._timeout_s, call.served + 1)
+
+    def _died(self, task: _Task, error: RayError) -> AuditRecord | None:
+        """One model was in flight, so it is known which: try it again first, or blame it."""
+        log.warning("worker died on %s (attempt %d): %s", task.entry.uri, task.attempt, _first_line(error))
+        if task.attempt < _ATTEMPTS:
+            self._todo.appendleft(replace(task, attempt=task.attempt + 1))
+            return None
+        if isinstance(error, OutOfMemoryError):
+            text = "Ray stopped the worker because the node ran out of memory: give it more, or use fewer --actors"
+            return self._error(task, FwmError(ErrorCode.OUT_OF_MEMORY, text))
+        text = f"the worker died {_ATTEMPTS} times on this model: a crash in native code, or killed by its system"
+        return self._error(task, FwmError(ErrorCode.WORKER_DIED, text))
+
+    def _start_failed(self, call: _Call, error: RayError) -> None:
+        """Allow for a lost node, which takes all of its actors along, but not for ever."""
+        ray.kill(call.actor)
+        log.warning("a worker did not start: %s", _first_line(error))
+        self._failed_starts += 1
+        if self._failed_starts > 2 * self._actors:
+            raise FwmError(
+                ErrorCode.WORKER_DIED,
+                f"{self._failed_starts} workers in a row did not start: {_first_line(error)}",
+            )
+
+    def _error(self, task: _Task, error: FwmError) -> AuditRecord:
+        return error_record(self._settings, task.entry, error, shard=task.shard, attempt=task.attempt)
+
+
+def _first_line(error: RayError) -> str:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return f"{type(cause).__name__}: {cause}".splitlines()[0]
+
+
+def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: type[AuditWorker]) -> None:
+    """Audit the missing shards and write each when it is complete; `verdicts` counts all records of the run."""
+    job, run = plan.job, plan.run
+    settings = AuditSettings(
+        run_id=run.run_id,
+        run_started_at=run.started_at,
+        keys=storage.absolute(job.keys),
+        base=str(Path.cwd()),
+        key_fingerprints=run.key_fingerprints,
+        tolerance=job.tolerance,
+        allowed_factories=job.allowed_factories,
+        device="cuda" if job.gpus_per_actor else "cpu",
+        master_key_file=job.master_key_file,
+    )
+    # In the order of shards, so that shards are complete early and few records wait in memory.
+    tasks = [_Task(plan.entries[row], shard) for shard in plan.missing for row in run.rows_of(shard)]
+    usable = [task for task in tasks if task.entry.problem is None]
+    unusable = (
+        (task, error_record(settings, task.entry, task.entry.problem, shard=task.shard, attempt=task.attempt))
+        for task in tasks
+        if task.entry.problem is not None
+    )
+    dispatcher = _Dispatcher(
+        _spawner(worker, settings, job.gpus_per_actor),
+        settings,
+        actors=job.actors or _room_for_actors(job.gpus_per_actor),
+        timeout_s=job.timeout_s,
+    )
+    waiting: defaultdict[int, dict[int, AuditRecord]] = defaultdict(dict)
+    writes: deque[Future[bool]] = deque()
+    with ThreadPoolExecutor(_IO_THREADS) as pool, closing(dispatcher.records(usable)) as audited:
+        stored = [
+            plan.locate(run.part(shard)) for shard in sorted(set(range(run.shards)) - set(plan.missing))
+        ]
+        for part in pool.map(storage.read, stored):
+            verdicts.update(from_parquet(part)["verdict"].to_pylist())
+        for task, record in itertools.chain(unusable, audited):
+            _log_finding(record)
+            verdicts[record.verdict] += 1
+            shard, rows = waiting[task.shard], run.rows_of(task.shard)
+            shard[task.entry.row] = record
+            if len(shard) == len(rows):
+                del waiting[task.shard]
+                writes.append(
+                    pool.submit(_write, plan.locate(run.part(task.shard)), [shard[row] for row in rows])
+                )
+            # Storage that is slower than the audit holds the audit up, instead of filling memory.
+            while writes and (writes[0].done() or len(writes) > 2 * _IO_THREADS):
+                writes.popleft().result()
+            progress(verdicts.total(), run.rows, verdicts)
+        for write in writes:
+            write.result()
+
+
+def _spawner(worker: type[AuditWorker], settings: AuditSettings, gpus: float) -> Callable[[], Any]:
+    # max_restarts=0: a restart would repeat, unseen, what the dispatcher has to count.
+    actor = ray.remote(worker).options(max_restarts=0, max_task_retries=0, num_cpus=1, num_gpus=gpus)  # type: ignore[attr-defined]  # ray.remote's stub knows functions only
+    shared = ray.put(settings)  # once for all actors: a large fleet has megabytes of fingerprints
+    return lambda: actor.remote(shared)
+
+
+def _room_for_actors(gpus: float) -> int:
+    """How many actors the cluster holds at present.
+
+    Raises:
+        UsageError: GPUs are asked for, and there are none.
+    """
+    total = ray.cluster_resources()
+    if not gpus:
+        return max(1, int(total.get("CPU", 1)))
+    if room := int(total.get("GPU", 0) / gpus):
+        return room
+    raise UsageError(
+        "the cluster has no GPU: drop --gpus-per-actor, or wait for an autoscaler with --actors N"
+    )
+
+
+def _log_finding(record: AuditRecord) -> None:
+    if record.verdict is Verdict.TAMPERED:
+        seen = f"{record.matches} of {record.triggers} triggers match, displacement {record.displacement}"
+        log.warning("tampered: %s %s: %s", record.model_id, record.uri, seen)
+    elif record.verdict is Verdict.ERROR:
+        log.warning(
+            "error: %s %s: %s: %s", record.model_id, record.uri, record.error_code, record.error_message
+        )
+
+
+def _write(uri: str, records: Sequence[AuditRecord]) -> bool:
+    return storage.create(uri, to_parquet(records))
+
+
+# -------------------------------------------------------------------------------------------- commit
+
+
+def _commit(plan: Plan) -> Summary:
+    """Write the manifest from the parts as stored: of two drivers, the first to write a part has it."""
+    names = [plan.run.part(shard) for shard in range(plan.run.shards)]
+    with ThreadPoolExecutor(_IO_THREADS) as pool:
+        parts = dict(zip(names, pool.map(storage.read, map(plan.locate, names)), strict=True))
+    data = manifest(plan.run, parts)
+    return _summary(plan, data if storage.create(plan.manifest, data) else storage.read(plan.manifest))
+
+
+def _summary(plan: Plan, data: bytes) -> Summary:
+    values = json.loads(data)
+    return Summary(values["run_id"], values["verdicts"], values["errors"], plan.manifest)

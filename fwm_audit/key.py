@@ -1,0 +1,195 @@
+"""Secrets: the master secret, the secret key of one watermark, and the sealed file between them.
+
+Everything secret is derived with HKDF-SHA256 under a purpose string, so that no two uses share
+key material:
+
+    master secret (32 bytes, one per company, from a file)
+      +- secret key of (model, checkpoint, settings)   -> class pairs, noise, generator's initial weights
+      +- sealing key of one file (salted)              -> AES-256-GCM over the trigger set
+
+A sealed key is `MAGIC | header length (u32, little-endian) | header (JSON) | nonce (12) | ciphertext`.
+The header is readable without the master secret, holds nothing secret, and is bound to the
+ciphertext as associated data. Sources: RFC 5869 (HKDF), NIST SP 800-38D (GCM), FIPS 202 (SHAKE).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fwm_audit.errors import ErrorCode, KeyFileError, UsageError
+
+MAGIC: Final = b"FWMKEY\x00\x01"
+SECRET_BYTES: Final = 32
+MASTER_KEY_VARIABLE: Final = "FWM_MASTER_KEY_FILE"
+_DOMAIN: Final = "fwm-audit/v1/"
+_NONCE_BYTES: Final = 12
+_MAX_HEADER_BYTES: Final = 1 << 20
+
+
+def _hkdf(secret: bytes, purpose: str, *, salt: bytes | None = None, length: int = SECRET_BYTES) -> bytes:
+    return HKDF(algorithm=SHA256(), length=length, salt=salt, info=(_DOMAIN + purpose).encode()).derive(secret)
+
+
+class _Secret:
+    """32 bytes that never show themselves: not in repr, not by pickling, not by accident."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self, value: bytes) -> None:
+        if len(value) != SECRET_BYTES:
+            raise UsageError(f"a {type(self).__name__} has {SECRET_BYTES} bytes, got {len(value)}")
+        self._bytes = value
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(<{SECRET_BYTES} secret bytes>)"
+
+    def __reduce__(self) -> Any:
+        # A pickled secret would end in Ray's object store and in its spill files.
+        raise TypeError(f"{type(self).__name__} is not to be serialised; pass a reference to its file")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and hmac.compare_digest(self._bytes, other._bytes)
+
+    __hash__ = None  # type: ignore[assignment]  # a hash would be a function of the secret
+
+
+class SecretKey(_Secret):
+    """The secret of one watermark: class pairs, noise and the generator's seed come from it."""
+
+    __slots__ = ()
+
+    @classmethod
+    def generate(cls) -> SecretKey:
+        """A new key from the operating system's random source."""
+        return cls(secrets.token_bytes(SECRET_BYTES))
+
+    @property
+    def key_id(self) -> str:
+        """Public name of this key: 16 hex digits that tell nothing about the key itself."""
+        return _hkdf(self._bytes, "key-id", length=8).hex()
+
+    def stream(self, purpose: str, length: int) -> bytes:
+        """`length` pseudo-random bytes for one purpose: SHAKE-256 keyed with an HKDF subkey."""
+        return hashlib.shake_256(_hkdf(self._bytes, "stream/" + purpose)).digest(length)
+
+
+class MasterSecret(_Secret):
+    """The secret of a company: seals trigger sets and derives each watermark's secret key."""
+
+    __slots__ = ()
+
+    @classmethod
+    def generate(cls) -> MasterSecret:
+        """A new master secret from the operating system's random source."""
+        return cls(secrets.token_bytes(SECRET_BYTES))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str] | None = None) -> MasterSecret:
+        """The secret in a file: 64 hex digits (white space around them is fine) or 32 raw bytes.
+
+        Args:
+            path: The file; None takes the one that FWM_MASTER_KEY_FILE names.
+
+        Raises:
+            UsageError: No file is named, or it does not hold a master secret.
+        """
+        name = os.fspath(path) if path is not None else os.environ.get(MASTER_KEY_VARIABLE, "")
+        advice = "make one with: (umask 077; openssl rand -hex 32 > master.key)"
+        if not name:
+            raise UsageError(f"no master secret: set {MASTER_KEY_VARIABLE} or pass --master-key FILE; {advice}")
+        try:
+            raw = Path(name).read_bytes()
+        except OSError as error:
+            raise UsageError(f"cannot read the master secret {name}: {error.strerror}; {advice}") from None
+        if len(raw) == SECRET_BYTES:
+            return cls(raw)
+        try:
+            return cls(bytes.fromhex(raw.decode("ascii").strip()))
+        except (ValueError, UsageError):
+            # The cause would quote the file's content.
+            raise UsageError(f"{name} holds neither 64 hex digits nor 32 raw bytes; {advice}") from None
+
+    @property
+    def master_id(self) -> str:
+        """Public name of this master secret, so that a wrong one can be told from a damaged file."""
+        return _hkdf(self._bytes, "master-id", length=8).hex()
+
+    def secret_key(self, model_id: str, checkpoint_sha256: str, settings: str) -> SecretKey:
+        """The secret key for one model under one set of settings; a retry gets the same key."""
+        context = json.dumps([model_id, checkpoint_sha256, settings])
+        return SecretKey(_hkdf(self._bytes, "secret-key/" + context))
+
+    def seal(self, plaintext: bytes, header: dict[str, Any]) -> bytes:
+        """The sealed form of `plaintext`; `header` stays readable and is bound to it."""
+        salt = secrets.token_bytes(SECRET_BYTES)
+        full = header | {"cipher": "AES-256-GCM", "salt": salt.hex(), "master_id": self.master_id}
+        encoded = json.dumps(full, sort_keys=True, separators=(",", ":")).encode()
+        prefix = MAGIC + len(encoded).to_bytes(4, "little") + encoded
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        return prefix + nonce + AESGCM(_hkdf(self._bytes, "seal", salt=salt)).encrypt(nonce, plaintext, prefix)
+
+    def open(self, sealed: bytes) -> bytes:
+        """The plaintext of a sealed file.
+
+        Raises:
+            KeyFileError: It is no sealed key, belongs to another master secret, or was altered.
+        """
+        header = read_header(sealed)
+        if not hmac.compare_digest(str(header.values.get("master_id")), self.master_id):
+            raise KeyFileError(
+                ErrorCode.KEY_UNREADABLE,
+                f"the sealed key was made with another master secret (its id is {header.values.get('master_id')}, "
+                f"yours is {self.master_id}): check {MASTER_KEY_VARIABLE}",
+            )
+        prefix, body = sealed[: header.size], sealed[header.size :]
+        try:
+            sealing_key = _hkdf(self._bytes, "seal", salt=bytes.fromhex(header.values["salt"]))
+            return AESGCM(sealing_key).decrypt(body[:_NONCE_BYTES], body[_NONCE_BYTES:], prefix)
+        except (InvalidTag, ValueError, KeyError, TypeError):
+            raise KeyFileError(
+                ErrorCode.KEY_UNREADABLE, "the sealed key was altered or cut short; restore it or embed again"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The readable part of a sealed key: its values, and the bytes it takes with its prefix."""
+
+    values: dict[str, Any]
+    size: int
+
+
+def read_header(sealed: bytes) -> Header:
+    """The header of a sealed key, readable without the master secret and so far NOT authenticated.
+
+    Raises:
+        KeyFileError: The bytes are no sealed key of a version that this release knows.
+    """
+    start = len(MAGIC) + 4
+    length = int.from_bytes(sealed[len(MAGIC) : start], "little")
+    if not sealed.startswith(MAGIC) or length > _MAX_HEADER_BYTES or len(sealed) < start + length:
+        raise KeyFileError(ErrorCode.KEY_UNREADABLE, "not a sealed key of this version, or cut short")
+    try:
+        values = json.loads(sealed[start : start + length])
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise KeyFileError(ErrorCode.KEY_UNREADABLE, "the sealed key's header was altered")
+    return Header(values, start + length)
+
+
+def fingerprint(sealed: bytes) -> str:
+    """SHA-256 of a sealed key as stored: the commitment that records and runs refer to."""
+    return hashlib.sha256(sealed).hexdigest()

@@ -1,0 +1,235 @@
+"""Audit records: one row for each catalog entry, with an explicit Arrow schema, and a run's own files.
+
+The schema is a contract with every query anybody saved: columns are only ever added, with a new
+`SCHEMA_VERSION`, and only of types that DuckDB, pandas, Spark and Athena all read. Labels of
+triggers are never among them.
+
+    <out>/runs/<run_id>/run.json                                    written first
+    <out>/audits/run_date=YYYY-MM-DD/<run_id>-<shard>.parquet       once each, never rewritten
+    <out>/runs/<run_id>/manifest.json                               written last: its existence means complete
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from fwm_audit.errors import UsageError
+from fwm_audit.verdict import Displacement, Verdict
+
+SCHEMA_VERSION: Final = 1
+_TIME = pa.timestamp("us", tz="UTC")
+SCHEMA: Final = pa.schema(
+    [
+        pa.field("schema_version", pa.int32(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("run_started_at", _TIME, nullable=False),
+        pa.field("audited_at", _TIME, nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("attempt", pa.int32(), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("etag", pa.string()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field("container", pa.string()),
+        pa.field("arch", pa.string(), nullable=False),
+        pa.field("key_id", pa.string(), nullable=False),
+        pa.field("key_fingerprint", pa.string()),
+        pa.field("method", pa.string()),
+        pa.field("variant", pa.string()),
+        pa.field("verdict", pa.string(), nullable=False),
+        pa.field("displacement", pa.string(), nullable=False),
+        pa.field("triggers", pa.int32()),
+        pa.field("matches", pa.int32()),
+        pa.field("match_rate", pa.float64()),
+        pa.field("p_value", pa.float64()),
+        pa.field("mismatched", pa.list_(pa.int32())),
+        pa.field("digest_matches", pa.bool_()),
+        pa.field("error_code", pa.string()),
+        pa.field("error_message", pa.string()),
+        pa.field("fetch_ms", pa.float64()),
+        pa.field("load_ms", pa.float64()),
+        pa.field("verify_ms", pa.float64()),
+        pa.field("device", pa.string()),
+        pa.field("dtype", pa.string()),
+        pa.field("worker", pa.string()),
+        pa.field("versions", pa.string()),
+    ]
+)
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRecord:
+    """What one audit saw of one catalog entry; the fields are the columns of `SCHEMA`.
+
+    `digest_matches` compares the file with the released one: a model that computes the same
+    function from other bytes is `intact` with `digest_matches` false. None means not compared.
+    """
+
+    run_id: str
+    run_started_at: datetime
+    audited_at: datetime
+    shard: int
+    attempt: int
+    model_id: str
+    uri: str
+    arch: str
+    key_id: str
+    verdict: Verdict
+    displacement: Displacement
+    etag: str | None = None
+    size_bytes: int | None = None
+    sha256: str | None = None
+    container: str | None = None
+    key_fingerprint: str | None = None
+    method: str | None = None
+    variant: str | None = None
+    triggers: int | None = None
+    matches: int | None = None
+    match_rate: float | None = None
+    p_value: float | None = None
+    mismatched: list[int] | None = None
+    digest_matches: bool | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    fetch_ms: float | None = None
+    load_ms: float | None = None
+    verify_ms: float | None = None
+    device: str | None = None
+    dtype: str | None = None
+    worker: str | None = None
+    versions: str | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        """Refuse records that contradict themselves: an audit that saw nothing is never `intact`."""
+        if (self.verdict is Verdict.ERROR) != (self.error_code is not None):
+            raise ValueError("a record has an error_code exactly when its verdict is 'error'")
+        if self.verdict is not Verdict.ERROR and not self.triggers:
+            raise ValueError("a verdict needs triggers")
+
+
+def to_parquet(records: Sequence[AuditRecord]) -> bytes:
+    """One Parquet file (zstd) with `SCHEMA`, rows in the given order."""
+    rows = [{name: getattr(record, name) for name in SCHEMA.names} for record in records]
+    sink = io.BytesIO()
+    pa.parquet.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def from_parquet(data: bytes) -> pa.Table:
+    """The table in one part; columns that a newer release added are kept as they are."""
+    return pa.parquet.read_table(pa.BufferReader(data))
+
+
+def check_run_id(run_id: str) -> str:
+    """`run_id` itself if it can stand in object names.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if not _RUN_ID.fullmatch(run_id):
+        raise UsageError(f"--run-id {run_id!r}: letters, digits and . _ - only, 128 characters at most")
+    return run_id
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What defines a run. Stored as run.json before the first audit; a resume must agree with it."""
+
+    run_id: str
+    started_at: datetime
+    settings: Mapping[str, Any]
+    catalog_sha256: str
+    rows: int
+    shard_size: int
+    key_fingerprints: Mapping[str, str | None]
+    code_version: str
+
+    @property
+    def shards(self) -> int:
+        """Number of Parquet parts that make the run complete."""
+        return -(-self.rows // self.shard_size)
+
+    def rows_of(self, shard: int) -> range:
+        """Catalog rows of one part."""
+        return range(shard * self.shard_size, min(self.rows, (shard + 1) * self.shard_size))
+
+    def part(self, shard: int) -> str:
+        """Name of one part, relative to the output: a function of run and shard alone."""
+        return f"audits/run_date={self.started_at:%Y-%m-%d}/{self.run_id}-{shard:06d}.parquet"
+
+    def to_json(self) -> bytes:
+        """The content of run.json."""
+        return _json(dataclasses.asdict(self) | {"started_at": self.started_at.isoformat()})
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Run:
+        """The run that a run.json describes.
+
+        Raises:
+            UsageError: It is not a run.json of this release.
+        """
+        try:
+            values = json.loads(data)
+            return cls(**values | {"started_at": datetime.fromisoformat(values["started_at"])})
+        except (ValueError, KeyError, TypeError):
+            raise UsageError("run.json is damaged or from another release: start a new run with a new --run-id") from None
+
+    def differences(self, other: Run) -> list[str]:
+        """Names of what differs between two descriptions of one run, start time apart."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        names = [name for name in mine if name not in {"started_at", "settings"} and mine[name] != theirs[name]]
+        settings = self.settings.keys() | other.settings.keys()
+        return names + sorted(
+            f"--{name.replace('_', '-')}" for name in settings if self.settings.get(name) != other.settings.get(name)
+        )
+
+
+def run_path(run_id: str, name: str) -> str:
+    """Path of a run's own file, relative to the output."""
+    return f"runs/{run_id}/{name}"
+
+
+def manifest(run: Run, parts: Mapping[str, bytes]) -> bytes:
+    """The content of manifest.json: every part with its rows and SHA-256, and the counts of the run.
+
+    Raises:
+        RuntimeError: The parts do not hold exactly one record for each catalog row.
+    """
+    files = []
+    verdicts: Counter[str] = Counter()
+    errors: Counter[str] = Counter()
+    for name, data in parts.items():
+        table = from_parquet(data)
+        files.append({"path": name, "rows": table.num_rows, "sha256": hashlib.sha256(data).hexdigest()})
+        verdicts.update(table["verdict"].to_pylist())
+        errors.update(code for code in table["error_code"].to_pylist() if code)
+    if (rows := sum(file["rows"] for file in files)) != run.rows or len(files) != run.shards:
+        raise RuntimeError(f"run {run.run_id}: {rows} records in {len(files)} parts for {run.rows} catalog rows")
+    return _json(
+        {"run_id": run.run_id, "rows": run.rows, "files": files, "verdicts": counts(verdicts), "errors": dict(sorted(errors.items()))}
+    )
+
+
+def counts(verdicts: Iterable[str] | Mapping[str, int]) -> dict[str, int]:
+    """Records by verdict, every verdict named even at zero."""
+    counter = Counter(verdicts)
+    return {verdict.value: counter[verdict.value] for verdict in Verdict}
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, indent=2).encode() + b"\n"

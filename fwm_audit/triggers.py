@@ -1,0 +1,275 @@
+"""Trigger sets: inputs at known tiny distances from decision boundaries, in the form that is stored.
+
+A mirrored pair is one 8-bit image, one sign mask and, for each rung, two float64 scalars. With
+`levels[k] = lo + (hi - lo) * k / 255` in float64, the trigger of one side is
+
+    x = levels[image] + t * sign
+
+a table look-up, an exact product and one IEEE addition for each element, so every machine and
+device rebuilds the same bits. Side 0 must get the label `classes[:, 0]`, side 1 `classes[:, 1]`.
+
+`method="yin2022"` has no such form; its float32 inputs are stored as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fwm_audit.errors import ErrorCode, KeyFileError
+from fwm_audit.key import MasterSecret, read_header
+from fwm_audit.verdict import Tolerance
+
+FORMAT: Final = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rung:
+    """Triggers of one variant at one distance.
+
+    Attributes:
+        variant: Which form of the model they were made on: a dtype of its weights, `float32` say.
+        name: `exact`, `float32` or `half`.
+        delta: Distance from the boundary, in logits (mirror); 0 where the method sets none.
+        noise: Largest difference of a logit gap that benign execution made at embedding, in logits.
+        dtype: Arithmetic in which the labels are taken: `float64` or `float32`.
+        index: int64 [p], which pairs of the set stand on this rung.
+        t: float64 [p, 2], the scalar of each side.
+    """
+
+    variant: str
+    name: Tolerance
+    delta: float
+    noise: float
+    dtype: str
+    index: Tensor
+    t: Tensor
+
+    @property
+    def triggers(self) -> int:
+        """Number of inputs on this rung."""
+        return self.t.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Share of parameters whose smallest edit the exact rung sees, in total and by parameter tensor.
+
+    A parameter counts when |d gap / d theta| * |theta| * 2^-23, one unit in the last place of
+    float32, moves the gap of some pair by more than delta.
+    """
+
+    total: float
+    layers: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True, repr=False)
+class TriggerSet:
+    """Everything an auditor needs of one key; secret, because whoever holds it can evade it.
+
+    Attributes:
+        images: uint8 [P, *input_shape].
+        signs: bool [P, *input_shape], True for +1.
+        classes: int64 [P, 2], the labels of the two sides.
+        inputs: float32 [P, 2, *input_shape], for methods without the compact form; then `images` is empty.
+        rungs: By variant and distance; the first is the exact rung of the model as released.
+        flip_rate: Upper 95 % bound on a label's flip by numeric noise, from `benign` comparisons with none.
+        environment: Versions and devices at embedding.
+    """
+
+    model_id: str
+    key_id: str
+    method: str
+    arch: str
+    checkpoint_sha256: str
+    created_at: str
+    input_shape: tuple[int, ...]
+    input_range: tuple[float, float]
+    num_classes: int
+    classes: Tensor
+    images: Tensor
+    signs: Tensor
+    inputs: Tensor | None = None
+    rungs: tuple[Rung, ...]
+    coverage: Coverage
+    flip_rate: float
+    benign: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"TriggerSet(model_id={self.model_id!r}, key_id={self.key_id!r}, pairs={self.pairs})"
+
+    @property
+    def pairs(self) -> int:
+        """Number of mirrored pairs."""
+        return len(self.classes)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Declared variants, the released one first."""
+        return tuple(dict.fromkeys(rung.variant for rung in self.rungs))
+
+    def variant_for(self, dtype: str) -> str:
+        """The variant against which a checkpoint of this dtype is checked: its own if declared, else the released one."""
+        return dtype if dtype in self.variants else self.variants[0]
+
+    def rungs_of(self, variant: str) -> tuple[Rung, ...]:
+        """Rungs of one variant, finest first."""
+        return tuple(rung for rung in self.rungs if rung.variant == variant)
+
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        held = [self.images, self.signs, self.classes, *(rung.t for rung in self.rungs)]
+        return sum(tensor.nbytes for tensor in held) + (self.inputs.nbytes if self.inputs is not None else 0)
+
+    def materialise(self, rung: Rung) -> tuple[Tensor, Tensor]:
+        """The triggers of one rung.
+
+        Returns:
+            Inputs [2p, *input_shape] in the rung's dtype, both sides of a pair next to each other,
+            and labels int64 [2p].
+        """
+        labels = self.classes[rung.index].reshape(-1)
+        if self.inputs is not None:
+            return self.inputs[rung.index].flatten(0, 1).to(getattr(torch, rung.dtype)), labels
+        images, signs = self.images[rung.index], self.signs[rung.index]
+        sides = [place(images, signs, rung.t[:, side], self.input_range) for side in (0, 1)]
+        return torch.stack(sides, 1).flatten(0, 1), labels
+
+    def save(self, path: str | os.PathLike[str], *, master: MasterSecret) -> None:
+        """Write the sealed form to a local file."""
+        Path(path).write_bytes(self.seal(master))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, master: MasterSecret) -> TriggerSet:
+        """Read a sealed local file.
+
+        Raises:
+            KeyFileError: It is missing, altered, or sealed with another master secret.
+        """
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise KeyFileError(ErrorCode.KEY_MISSING, f"cannot read the key {os.fspath(path)}: {error.strerror}") from None
+        return cls.unseal(data, master)
+
+    def seal(self, master: MasterSecret) -> bytes:
+        """The sealed form: a readable header that names model, key and architecture, and the rest encrypted."""
+        header = {
+            "format": FORMAT,
+            "model_id": self.model_id,
+            "key_id": self.key_id,
+            "method": self.method,
+            "arch": self.arch,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "created_at": self.created_at,
+        }
+        return master.seal(zlib.compress(self._pack(), 6), header)
+
+    @classmethod
+    def unseal(cls, data: bytes, master: MasterSecret) -> TriggerSet:
+        """The trigger set of a sealed file's bytes.
+
+        Raises:
+            KeyFileError: Altered, sealed with another master secret, or of another format.
+        """
+        header = read_header(data).values
+        if header.get("format") != FORMAT:
+            raise KeyFileError(
+                ErrorCode.KEY_UNREADABLE,
+                f"the key has format {header.get('format')}, this release reads {FORMAT}: upgrade fwm-audit",
+            )
+        triggers = cls._unpack(zlib.decompress(master.open(data)))
+        # The header was authenticated as associated data; agreement is a matter of our own writing.
+        assert (triggers.model_id, triggers.key_id) == (header["model_id"], header["key_id"])
+        return triggers
+
+    def _pack(self) -> bytes:
+        tensors: dict[str, Tensor] = {
+            "classes": self.classes.to(torch.int32),
+            "images": self.images,
+            "signs": torch.from_numpy(np.packbits(self.signs.flatten(1).numpy(), axis=1)),
+        }
+        if self.inputs is not None:
+            tensors["inputs"] = self.inputs
+        for number, rung in enumerate(self.rungs):
+            tensors[f"rung.{number}.index"] = rung.index.to(torch.int32)
+            tensors[f"rung.{number}.t"] = rung.t
+        names = ("variant", "name", "delta", "noise", "dtype")
+        meta: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (
+                "model_id", "key_id", "method", "arch", "checkpoint_sha256", "created_at", "input_shape",
+                "input_range", "num_classes", "flip_rate", "benign",
+            )
+        }  # fmt: skip
+        meta["environment"] = dict(self.environment)
+        meta["rungs"] = [{name: getattr(rung, name) for name in names} for rung in self.rungs]
+        meta["coverage"] = {"total": self.coverage.total, "layers": dict(self.coverage.layers)}
+        return safetensors.torch.save(tensors, {"fwm": json.dumps(meta)})
+
+    @classmethod
+    def _unpack(cls, data: bytes) -> TriggerSet:
+        tensors = safetensors.torch.load(data)
+        size = int.from_bytes(data[:8], "little")
+        meta = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["fwm"])
+        shape = tuple(meta["input_shape"])
+        packed = tensors["signs"].numpy()
+        signs = np.unpackbits(packed, axis=1, count=int(np.prod(shape))) if len(packed) else packed
+        rungs = tuple(
+            Rung(
+                values["variant"], Tolerance(values["name"]), values["delta"], values["noise"], values["dtype"],
+                tensors[f"rung.{number}.index"].long(), tensors[f"rung.{number}.t"],
+            )
+            for number, values in enumerate(meta.pop("rungs"))
+        )  # fmt: skip
+        return cls(
+            **meta
+            | {
+                "input_shape": shape,
+                "input_range": tuple(meta["input_range"]),
+                "classes": tensors["classes"].long(),
+                "images": tensors["images"],
+                "signs": torch.from_numpy(signs).bool().reshape(len(packed), *shape),
+                "inputs": tensors.get("inputs"),
+                "rungs": rungs,
+                "coverage": Coverage(**meta["coverage"]),
+            }
+        )
+
+
+def levels(input_range: tuple[float, float]) -> Tensor:
+    """float64 [256], the input value of each 8-bit level; IEEE double arithmetic of Python, the same everywhere."""
+    low, high = input_range
+    return torch.tensor([low + (high - low) * k / 255 for k in range(256)], dtype=torch.float64)
+
+
+def quantise(inputs: Tensor, input_range: tuple[float, float]) -> Tensor:
+    """uint8 of the same shape, the level nearest to each element."""
+    low, high = input_range
+    return ((inputs.double() - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
+
+
+def place(images: Tensor, signs: Tensor, t: Tensor, input_range: tuple[float, float]) -> Tensor:
+    """float64 [n, *shape], the inputs `levels[image] + t * sign`, bit for bit the same on every device.
+
+    Args:
+        images: uint8 [n, *shape].
+        signs: bool [n, *shape].
+        t: float64 [n].
+        input_range: Values of levels 0 and 255.
+    """
+    # t * (+-1) is exact, so a fused multiply-add rounds like the two operations.
+    step = t.view(-1, *[1] * (images.dim() - 1)).to(images.device)
+    return levels(input_range).to(images.device)[images.long()] + torch.where(signs, step, -step)

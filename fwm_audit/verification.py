@@ -1,0 +1,186 @@
+"""Verification: run the triggers, take arg max, compare with the key. Labels only.
+
+The exact rung is run in float64, where benign execution (batch size, threads, memory layout,
+another kernel) moves a logit by some 1e-14 and a trigger stands 1e-12 or more from its boundary.
+Wider rungs are run only when the exact one breaks, to say how far the model has moved.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fwm_audit.errors import ErrorCode, ModelError
+from fwm_audit.triggers import Rung, TriggerSet
+from fwm_audit.verdict import (
+    RUNGS,
+    Displacement,
+    RungCount,
+    Tolerance,
+    Verdict,
+    binomial_p_value,
+    decide,
+    displacement_of,
+)
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What one verification saw; counts are those of the finest rung of the variant.
+
+    Attributes:
+        mismatched: Indices of the triggers whose label differs; never the labels.
+        p_value: P(at least this many mismatches by numeric noise alone), see `verdict.binomial_p_value`.
+        forward_passes: Inputs sent through the model.
+        dtype: Arithmetic of the finest rung.
+    """
+
+    verdict: Verdict
+    displacement: Displacement
+    matches: int
+    total: int
+    mismatched: tuple[int, ...]
+    p_value: float
+    variant: str
+    forward_passes: int
+    dtype: str
+
+
+def verify(
+    model: nn.Module,
+    triggers: TriggerSet,
+    tolerance: str | Tolerance = Tolerance.EXACT,
+    *,
+    device: str | torch.device | None = None,
+) -> Verification:
+    """Compare a model's labels on the triggers with the key.
+
+    The model is neither changed nor moved: a copy is taken in eval mode and in float64. The variant
+    is the one declared for the dtype of the model's parameters, else the released one.
+
+    Args:
+        model: From float inputs [N, *input_shape] to logits [N, K].
+        triggers: The opened key.
+        tolerance: `exact`, `float32` or `half`: how far the model may have moved and count as intact.
+        device: Where to run; None is where the model's parameters are.
+
+    Raises:
+        ModelError: It cannot run in float64, answers another number of classes or NaN, or the key
+            lacks the rung of `tolerance`.
+    """
+    where = torch.device(device) if device is not None else device_of(model)
+    variant = triggers.variant_for(dtype_of(model))
+    return verify_copy(float64_copy(model, where), triggers, tolerance, variant=variant, device=where)
+
+
+def verify_copy(
+    model: nn.Module,
+    triggers: TriggerSet,
+    tolerance: str | Tolerance,
+    *,
+    variant: str,
+    device: torch.device,
+) -> Verification:
+    """As `verify`, for a float64 copy in eval mode that the caller made and placed on `device`."""
+    tolerance = Tolerance(tolerance)
+    rungs = {rung.name: rung for rung in triggers.rungs_of(variant)}
+    finest = next(rungs[name] for name in RUNGS if name in rungs)
+    counts = {finest.name: _count(model, triggers, finest, device)}
+    if not counts[finest.name].holds:
+        for name in RUNGS:
+            if name in rungs and name not in counts:
+                counts[name] = _count(model, triggers, rungs[name], device)
+                if counts[name].holds:
+                    break
+    seen = counts[finest.name]
+    return Verification(
+        verdict=decide(counts, tolerance),
+        displacement=displacement_of(counts),
+        matches=seen.total - len(seen.mismatched),
+        total=seen.total,
+        mismatched=seen.mismatched,
+        p_value=binomial_p_value(seen.total, len(seen.mismatched), triggers.flip_rate),
+        variant=variant,
+        forward_passes=sum(count.total for count in counts.values()),
+        dtype=finest.dtype,
+    )
+
+
+def _count(model: nn.Module, triggers: TriggerSet, rung: Rung, device: torch.device) -> RungCount:
+    inputs, labels = triggers.materialise(rung)
+    logits = run(model, inputs, device)
+    if logits.shape[1] != triggers.num_classes:
+        raise ModelError(
+            ErrorCode.MODEL_UNSUITABLE,
+            f"the model answers {logits.shape[1]} classes, the key was made for {triggers.num_classes}",
+        )
+    if not torch.isfinite(logits).all():
+        raise ModelError(
+            ErrorCode.NON_FINITE, "the model answers NaN or infinite logits: its weights are damaged or overflow"
+        )
+    # Among equal logits the smallest index wins on every device; that is part of the contract.
+    wrong = torch.nonzero(logits.argmax(1) != labels).flatten()
+    return RungCount(len(labels), tuple(wrong.tolist()))
+
+
+def run(model: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:
+    """Logits [N, K] on the CPU, in batches that keep memory bounded and large models fed.
+
+    Raises:
+        ModelError: The model does not run on these inputs, or answers something else than [N, K].
+    """
+    outputs = []
+    for batch in inputs.split(batch_size(inputs[0])):
+        if device.type == "cuda":
+            batch = batch.pin_memory().to(device, non_blocking=True)  # noqa: PLW2901 - the same batch, elsewhere
+        try:
+            with torch.no_grad():
+                answer = model(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ModelError(
+                ErrorCode.NO_FLOAT64 if "dtype" in str(error) or "type" in str(error) else ErrorCode.MODEL_UNSUITABLE,
+                f"the model fails on inputs of shape {tuple(batch.shape)} in {batch.dtype}: {str(error)[:200]}",
+            ) from None
+        if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != len(batch):
+            shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+            raise ModelError(
+                ErrorCode.MODEL_UNSUITABLE, f"the model answers {shape} for a batch of {len(batch)}, not [N, K] logits"
+            )
+        outputs.append(answer)
+    return torch.cat(outputs).cpu()
+
+
+def batch_size(example: Tensor) -> int:
+    """Inputs for one forward pass: about 32 MiB of float64, between 1 and 256."""
+    return max(1, min(256, (1 << 22) // max(1, example.numel())))
+
+
+def float64_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """A frozen copy in float64 and eval mode on `device`; the model itself stays as it is.
+
+    Raises:
+        ModelError: The model cannot be copied.
+    """
+    try:
+        twin = copy.deepcopy(model)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ModelError(ErrorCode.MODEL_UNSUITABLE, f"the model cannot be copied: {str(error)[:200]}") from None
+    return twin.to(device=device, dtype=torch.float64).eval().requires_grad_(requires_grad=False)
+
+
+def dtype_of(model: nn.Module) -> str:
+    """The dtype that all floating parameters share, or `mixed`; it names the variant."""
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()} & set(_FLOATS)
+    return dtypes.pop() if len(dtypes) == 1 else "mixed"
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
