@@ -52,7 +52,7 @@ class Architecture:
 
     source: str
     name: str
-    arguments: dict[str, Scalar]
+    arguments: dict[str, Any]
 
 
 def parse(spec: str) -> Architecture:
@@ -73,11 +73,14 @@ def parse(spec: str) -> Architecture:
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), max_num_fields=32)
     except ValueError:
-        raise ArchitectureError(ErrorCode.ARCH_UNKNOWN, f"arch {spec[:120]!r}: arguments are a=1&b=2") from None
+        raise ArchitectureError(
+            ErrorCode.ARCH_UNKNOWN, f"arch {spec[:120]!r}: arguments are a=1&b=2"
+        ) from None
     arguments = {key: _scalar(value) for key, value in pairs}
     if refused := sorted(_REFUSED & arguments.keys()):
         raise ArchitectureError(
-            ErrorCode.ARCH_NOT_ALLOWED, f"arch argument {refused[0]!r} could load code or weights and is refused"
+            ErrorCode.ARCH_NOT_ALLOWED,
+            f"arch argument {refused[0]!r} could load code or weights and is refused",
         )
     return Architecture(source, name, arguments)
 

@@ -27,7 +27,7 @@ from fwm_audit import storage
 from fwm_audit.architectures import build
 from fwm_audit.catalog import CatalogEntry
 from fwm_audit.checkpoint import fit, open_checkpoint
-from fwm_audit.errors import ErrorCode, FwmError, KeyFileError
+from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, KeyFileError
 from fwm_audit.key import MasterSecret, fingerprint
 from fwm_audit.records import AuditRecord
 from fwm_audit.triggers import TriggerSet
@@ -233,26 +233,32 @@ class Auditor:
                 .requires_grad_(requires_grad=False)
             )
 
-        return self._skeletons.get(arch, make, lambda model: sum(t.nbytes for t in model.state_dict().values()))
+        return self._skeletons.get(
+            arch, make, lambda model: sum(t.nbytes for t in model.state_dict().values())
+        )
 
 
 def load(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put fitted tensors into a float64 skeleton, each rounded by nothing: every float widens exactly.
+    """Put fitted tensors into a skeleton of the same or a wider dtype, so that nothing is rounded.
 
     Raises:
-        FwmError: The checkpoint ties or splits tensors otherwise than its architecture.
+        CheckpointError: Parameters that are tied in the architecture differ in the checkpoint.
     """
     state = skeleton.state_dict()
+    owners: dict[int, str] = {}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            state[name].copy_(tensor)
-        # Tied parameters were written twice; if the copies differ, the last one won for both.
-        for name, tensor in tensors.items():
-            if not torch.equal(state[name].cpu(), tensor.to(state[name].dtype)):
-                raise FwmError(
-                    ErrorCode.CHECKPOINT_MISMATCH,
-                    f"{name} is tied to another parameter in the architecture, but not equal to it in the checkpoint",
-                )
+            place = state[name]
+            if place.numel() and owners.setdefault(place.data_ptr(), name) != name:
+                # Tied in the architecture: already written under its other name, and has to agree.
+                if not torch.equal(place.cpu(), tensor.to(place.dtype)):
+                    raise CheckpointError(
+                        ErrorCode.CHECKPOINT_MISMATCH,
+                        f"{name} and {owners[place.data_ptr()]} are one parameter in the architecture and differ "
+                        "in the checkpoint",
+                    )
+            else:
+                place.copy_(tensor)
 
 
 @dataclass(slots=True)

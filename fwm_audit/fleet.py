@@ -21,12 +21,12 @@ import os
 import socket
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import ray
@@ -150,7 +150,7 @@ class AuditWorker:
         import torch  # noqa: PLC0415  # 400 MB that the driver, which imports this module too, never needs
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)  # type: ignore[no-untyped-call]  # Ray's own
         torch.set_num_threads(max(1, int(cpus)))
         self._auditor = Auditor(self._settings, f"{socket.gethostname()}:{os.getpid()}")
 
@@ -177,9 +177,7 @@ def run_audit(
         IncompleteError: The run stopped early; the same run id resumes it.
     """
     plan = plan_audit(job)
-    if not plan.resumed and not storage.create(
-        plan.locate(run_path(job.run_id, "run.json")), plan.run.to_json()
-    ):
+    if not plan.resumed and not storage.create(plan.locate(run_path(job.run_id, "run.json")), plan.run.to_json()):
         plan = plan_audit(job)  # another driver began this run a moment ago: agree with it, or refuse
     try:
         return _summary(plan, storage.read(plan.manifest))
@@ -224,9 +222,7 @@ def plan_audit(job: AuditJob) -> Plan:
         "tolerance": job.tolerance.value,
         "allow_factory": sorted(job.allowed_factories),
         # The rest of a run must not read other files because it was resumed from another folder.
-        "relative_to": base
-        if any(storage.absolute(entry.uri, base) != entry.uri for entry in entries)
-        else None,
+        "relative_to": base if any(storage.absolute(entry.uri, base) != entry.uri for entry in entries) else None,
     }
     run = Run(
         run_id=job.run_id,
@@ -251,8 +247,9 @@ def plan_audit(job: AuditJob) -> Plan:
             "repeat them to resume it, or start a new run with a new --run-id"
         )
     plan = replace(plan, run=stored, resumed=True)
-    there = _names_in(plan.locate(os.path.dirname(stored.part(0))))
-    missing = tuple(shard for shard in plan.missing if os.path.basename(stored.part(shard)) not in there)
+    parts = [PurePosixPath(stored.part(shard)) for shard in plan.missing]
+    there = _names_in(plan.locate(str(parts[0].parent)))
+    missing = tuple(shard for shard, part in zip(plan.missing, parts, strict=True) if part.name not in there)
     return replace(plan, missing=missing)
 
 
@@ -288,7 +285,7 @@ def _fingerprint(uri: str) -> str | None:
 
 def _names_in(folder: str) -> set[str]:
     try:
-        return {os.path.basename(item.uri) for item in storage.listing(folder)}
+        return {PurePosixPath(item.uri).name for item in storage.listing(folder)}
     except StorageError as error:
         if error.code is ErrorCode.OBJECT_MISSING:
             return set()
@@ -318,9 +315,7 @@ class _Call:
 class _Dispatcher:
     """Exactly one record for each task. Every actor has one call in flight, or is gone."""
 
-    def __init__(
-        self, spawn: Callable[[], Any], settings: AuditSettings, *, actors: int, timeout_s: float
-    ) -> None:
+    def __init__(self, spawn: Callable[[], Any], settings: AuditSettings, *, actors: int, timeout_s: float) -> None:
         self._spawn = spawn
         self._settings = settings
         self._actors = actors
@@ -330,7 +325,7 @@ class _Dispatcher:
         self._failed_starts = 0
         self._heard = time.monotonic()
 
-    def records(self, tasks: Iterable[_Task]) -> Iterator[tuple[_Task, AuditRecord]]:
+    def records(self, tasks: Iterable[_Task]) -> Generator[tuple[_Task, AuditRecord], None, None]:
         """Each task with its record, in the order of completion; kills its actors when closed."""
         self._todo.extend(tasks)
         unanswered = {task.entry.row for task in self._todo}
@@ -384,9 +379,7 @@ class _Dispatcher:
                 self._start_failed(call, error)
                 return None
             log.exception("the audit of %s raised; this is a bug", call.task.entry.uri)
-            internal = FwmError(
-                ErrorCode.INTERNAL, f"{type(cause).__name__} in the worker; its log has the rest"
-            )
+            internal = FwmError(ErrorCode.INTERNAL, f"{type(cause).__name__} in the worker; its log has the rest")
             record = self._error(call.task, cause if isinstance(cause, FwmError) else internal)
         except RayError as error:  # the worker is dead, or out of reach and as good as dead
             if call.task is None:
@@ -410,38 +403,38 @@ class _Dispatcher:
 
     def _died(self, task: _Task, error: RayError) -> AuditRecord | None:
         """One model was in flight, so it is known which: try it again first, or blame it."""
-        log.warning("worker died on %s (attempt %d): %s", task.entry.uri, task.attempt, _first_line(error))
+        log.warning("worker died on %s (attempt %d): %s", task.entry.uri, task.attempt, _reason(error))
         if task.attempt < _ATTEMPTS:
             self._todo.appendleft(replace(task, attempt=task.attempt + 1))
             return None
         if isinstance(error, OutOfMemoryError):
-            text = "Ray stopped the worker because the node ran out of memory: give it more, or use fewer --actors"
+            text = "Ray stopped the worker as its node ran out of memory: give it more, or use fewer --actors"
             return self._error(task, FwmError(ErrorCode.OUT_OF_MEMORY, text))
-        text = f"the worker died {_ATTEMPTS} times on this model: a crash in native code, or killed by its system"
+        text = f"the worker died {_ATTEMPTS} times on this model: native code crashed, or its system killed it"
         return self._error(task, FwmError(ErrorCode.WORKER_DIED, text))
 
     def _start_failed(self, call: _Call, error: RayError) -> None:
         """Allow for a lost node, which takes all of its actors along, but not for ever."""
         ray.kill(call.actor)
-        log.warning("a worker did not start: %s", _first_line(error))
+        log.warning("a worker did not start: %s", _reason(error))
         self._failed_starts += 1
         if self._failed_starts > 2 * self._actors:
             raise FwmError(
                 ErrorCode.WORKER_DIED,
-                f"{self._failed_starts} workers in a row did not start: {_first_line(error)}",
+                f"{self._failed_starts} workers in a row did not start: {_reason(error)}",
             )
 
     def _error(self, task: _Task, error: FwmError) -> AuditRecord:
         return error_record(self._settings, task.entry, error, shard=task.shard, attempt=task.attempt)
 
 
-def _first_line(error: RayError) -> str:
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    return f"{type(cause).__name__}: {cause}".splitlines()[0]
+def _reason(error: RayError) -> str:
+    """What Ray says of a failure: the last line, below tracebacks and its inventory of the actor."""
+    return str(error).strip().rpartition("\n")[2]
 
 
 def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: type[AuditWorker]) -> None:
-    """Audit the missing shards and write each when it is complete; `verdicts` counts all records of the run."""
+    """Audit the missing shards and write each when it is complete; `verdicts` counts the run's records."""
     job, run = plan.job, plan.run
     settings = AuditSettings(
         run_id=run.run_id,
@@ -471,9 +464,7 @@ def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: typ
     waiting: defaultdict[int, dict[int, AuditRecord]] = defaultdict(dict)
     writes: deque[Future[bool]] = deque()
     with ThreadPoolExecutor(_IO_THREADS) as pool, closing(dispatcher.records(usable)) as audited:
-        stored = [
-            plan.locate(run.part(shard)) for shard in sorted(set(range(run.shards)) - set(plan.missing))
-        ]
+        stored = [plan.locate(run.part(shard)) for shard in sorted(set(range(run.shards)) - set(plan.missing))]
         for part in pool.map(storage.read, stored):
             verdicts.update(from_parquet(part)["verdict"].to_pylist())
         for task, record in itertools.chain(unusable, audited):
@@ -483,9 +474,7 @@ def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: typ
             shard[task.entry.row] = record
             if len(shard) == len(rows):
                 del waiting[task.shard]
-                writes.append(
-                    pool.submit(_write, plan.locate(run.part(task.shard)), [shard[row] for row in rows])
-                )
+                writes.append(pool.submit(_write, plan.locate(run.part(task.shard)), [shard[row] for row in rows]))
             # Storage that is slower than the audit holds the audit up, instead of filling memory.
             while writes and (writes[0].done() or len(writes) > 2 * _IO_THREADS):
                 writes.popleft().result()
@@ -496,7 +485,7 @@ def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: typ
 
 def _spawner(worker: type[AuditWorker], settings: AuditSettings, gpus: float) -> Callable[[], Any]:
     # max_restarts=0: a restart would repeat, unseen, what the dispatcher has to count.
-    actor = ray.remote(worker).options(max_restarts=0, max_task_retries=0, num_cpus=1, num_gpus=gpus)  # type: ignore[attr-defined]  # ray.remote's stub knows functions only
+    actor = ray.remote(worker).options(max_restarts=0, max_task_retries=0, num_cpus=1, num_gpus=gpus)
     shared = ray.put(settings)  # once for all actors: a large fleet has megabytes of fingerprints
     return lambda: actor.remote(shared)
 
@@ -507,14 +496,12 @@ def _room_for_actors(gpus: float) -> int:
     Raises:
         UsageError: GPUs are asked for, and there are none.
     """
-    total = ray.cluster_resources()
+    total = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's own
     if not gpus:
         return max(1, int(total.get("CPU", 1)))
     if room := int(total.get("GPU", 0) / gpus):
         return room
-    raise UsageError(
-        "the cluster has no GPU: drop --gpus-per-actor, or wait for an autoscaler with --actors N"
-    )
+    raise UsageError("the cluster has no GPU: drop --gpus-per-actor, or wait for an autoscaler with --actors N")
 
 
 def _log_finding(record: AuditRecord) -> None:
@@ -522,9 +509,7 @@ def _log_finding(record: AuditRecord) -> None:
         seen = f"{record.matches} of {record.triggers} triggers match, displacement {record.displacement}"
         log.warning("tampered: %s %s: %s", record.model_id, record.uri, seen)
     elif record.verdict is Verdict.ERROR:
-        log.warning(
-            "error: %s %s: %s: %s", record.model_id, record.uri, record.error_code, record.error_message
-        )
+        log.warning("error: %s %s: %s: %s", record.model_id, record.uri, record.error_code, record.error_message)
 
 
 def _write(uri: str, records: Sequence[AuditRecord]) -> bool:

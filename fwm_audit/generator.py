@@ -27,12 +27,14 @@ class Generator(nn.Module):
     Inputs that are not images (rank other than 3) get a two-layer perceptron instead.
     """
 
-    def __init__(self, input_shape: tuple[int, ...], input_range: tuple[float, float], key: SecretKey) -> None:
+    def __init__(
+        self, input_shape: tuple[int, ...], input_range: tuple[float, float], key: SecretKey
+    ) -> None:
         super().__init__()
         self.input_shape = input_shape
         low, high = input_range
         self.center, self.radius = (low + high) / 2, (high - low) / 2
-        # The layers' own initialisation is overwritten below; the fork leaves the caller's RNG alone.
+        # The layers' own random values are overwritten below; the fork leaves the caller's RNG alone.
         with torch.random.fork_rng(devices=[]):
             self.body = _image_layers(input_shape) if len(input_shape) == 3 else _flat_layers(input_shape)
         for name, parameter in self.body.named_parameters():
@@ -40,6 +42,8 @@ class Generator(nn.Module):
                 fan_in = parameter[0].numel()
                 draw = normal(key, f"generator/{name}", tuple(parameter.shape))
                 parameter.data.copy_(draw * math.sqrt(2 / fan_in))
+            elif name.endswith("bias"):
+                parameter.data.zero_()
 
     def forward(self, noise: Tensor) -> Tensor:
         """Inputs [N, *input_shape] for noise [N, NOISE_SIZE]."""
@@ -53,7 +57,10 @@ def _image_layers(shape: tuple[int, ...]) -> nn.Sequential:
     channels, height, width = shape
     doublings = max(0, math.ceil(math.log2(max(height, width) / _START)))
     wide = 64
-    layers: list[nn.Module] = [nn.Linear(NOISE_SIZE, wide * _START**2), nn.Unflatten(1, (wide, _START, _START))]
+    layers: list[nn.Module] = [
+        nn.Linear(NOISE_SIZE, wide * _START**2),
+        nn.Unflatten(1, (wide, _START, _START)),
+    ]
     for stage in range(doublings):
         # Most of the cost sits in the last, largest maps: they get few channels.
         narrow = max(8, 64 >> max(0, stage - 1))

@@ -39,7 +39,9 @@ _MAX_HEADER_BYTES: Final = 1 << 20
 
 
 def _hkdf(secret: bytes, purpose: str, *, salt: bytes | None = None, length: int = SECRET_BYTES) -> bytes:
-    return HKDF(algorithm=SHA256(), length=length, salt=salt, info=(_DOMAIN + purpose).encode()).derive(secret)
+    return HKDF(algorithm=SHA256(), length=length, salt=salt, info=(_DOMAIN + purpose).encode()).derive(
+        secret
+    )
 
 
 class _Secret:
@@ -96,6 +98,22 @@ class MasterSecret(_Secret):
         return cls(secrets.token_bytes(SECRET_BYTES))
 
     @classmethod
+    def generate_file(cls, path: str | os.PathLike[str]) -> MasterSecret:
+        """A new master secret, written as hex to a new file that only its owner can read.
+
+        Raises:
+            UsageError: The file exists: overwriting it would make every key sealed with it unreadable.
+        """
+        value = secrets.token_bytes(SECRET_BYTES)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            raise UsageError(f"{os.fspath(path)} exists and may seal keys: choose another name") from None
+        with os.fdopen(descriptor, "w") as file:
+            file.write(value.hex() + "\n")
+        return cls(value)
+
+    @classmethod
     def from_file(cls, path: str | os.PathLike[str] | None = None) -> MasterSecret:
         """The secret in a file: 64 hex digits (white space around them is fine) or 32 raw bytes.
 
@@ -108,7 +126,9 @@ class MasterSecret(_Secret):
         name = os.fspath(path) if path is not None else os.environ.get(MASTER_KEY_VARIABLE, "")
         advice = "make one with: (umask 077; openssl rand -hex 32 > master.key)"
         if not name:
-            raise UsageError(f"no master secret: set {MASTER_KEY_VARIABLE} or pass --master-key FILE; {advice}")
+            raise UsageError(
+                f"no master secret: set {MASTER_KEY_VARIABLE} or pass --master-key FILE; {advice}"
+            )
         try:
             raw = Path(name).read_bytes()
         except OSError as error:
@@ -138,7 +158,9 @@ class MasterSecret(_Secret):
         encoded = json.dumps(full, sort_keys=True, separators=(",", ":")).encode()
         prefix = MAGIC + len(encoded).to_bytes(4, "little") + encoded
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        return prefix + nonce + AESGCM(_hkdf(self._bytes, "seal", salt=salt)).encrypt(nonce, plaintext, prefix)
+        return (
+            prefix + nonce + AESGCM(_hkdf(self._bytes, "seal", salt=salt)).encrypt(nonce, plaintext, prefix)
+        )
 
     def open(self, sealed: bytes) -> bytes:
         """The plaintext of a sealed file.

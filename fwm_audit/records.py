@@ -187,15 +187,21 @@ class Run:
             values = json.loads(data)
             return cls(**values | {"started_at": datetime.fromisoformat(values["started_at"])})
         except (ValueError, KeyError, TypeError):
-            raise UsageError("run.json is damaged or from another release: start a new run with a new --run-id") from None
+            raise UsageError(
+                "run.json is damaged or from another release: start a new run with a new --run-id"
+            ) from None
 
     def differences(self, other: Run) -> list[str]:
         """Names of what differs between two descriptions of one run, start time apart."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        names = [name for name in mine if name not in {"started_at", "settings"} and mine[name] != theirs[name]]
+        names = [
+            name for name in mine if name not in {"started_at", "settings"} and mine[name] != theirs[name]
+        ]
         settings = self.settings.keys() | other.settings.keys()
         return names + sorted(
-            f"--{name.replace('_', '-')}" for name in settings if self.settings.get(name) != other.settings.get(name)
+            f"--{name.replace('_', '-')}"
+            for name in settings
+            if self.settings.get(name) != other.settings.get(name)
         )
 
 
@@ -219,9 +225,17 @@ def manifest(run: Run, parts: Mapping[str, bytes]) -> bytes:
         verdicts.update(table["verdict"].to_pylist())
         errors.update(code for code in table["error_code"].to_pylist() if code)
     if (rows := sum(file["rows"] for file in files)) != run.rows or len(files) != run.shards:
-        raise RuntimeError(f"run {run.run_id}: {rows} records in {len(files)} parts for {run.rows} catalog rows")
+        raise RuntimeError(
+            f"run {run.run_id}: {rows} records in {len(files)} parts for {run.rows} catalog rows"
+        )
     return _json(
-        {"run_id": run.run_id, "rows": run.rows, "files": files, "verdicts": counts(verdicts), "errors": dict(sorted(errors.items()))}
+        {
+            "run_id": run.run_id,
+            "rows": run.rows,
+            "files": files,
+            "verdicts": counts(verdicts),
+            "errors": dict(sorted(errors.items())),
+        }
     )
 
 

@@ -9,8 +9,11 @@ everything above together:
   while it is read must never look like a tampered model.
 
 There is one layer of retries, this one: s3fs's and botocore's own are switched off, because they
-multiply with it and hide whether a request may have been served although its answer was lost.
+would multiply with it.
 """
+
+# URIs and paths are both str here, and much of this works on descriptors: no pathlib.
+# ruff: noqa: PTH100, PTH103, PTH108, PTH113, PTH116, PTH118, PTH123, PTH202
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final, Self
 
-import botocore.exceptions
+import botocore.exceptions  # type: ignore[import-untyped]  # publishes no types
 import fsspec
 import fsspec.asyn
 import s3fs
@@ -51,6 +54,7 @@ _S3_OPTIONS: Final[dict[str, Any]] = {
         "retries": {"total_max_attempts": 1},
     },
 }
+_MARK: Final = "fwm-write"
 #: Names of unfinished local writes, where the file system knows no unnamed files.
 _UNFINISHED: Final = ".fwm-unfinished-"
 
@@ -142,19 +146,22 @@ def listing(uri: str) -> list[ObjectInfo]:
         StorageError: There is nothing of this name, or the store cannot be asked.
     """
     with _explained(uri):
-        if (root := _local_path(uri)) is not None:
-            found = list(_local_files(root))
+        if (path := _local_path(uri)) is not None:
+            root = path.rstrip("/")
+            found: list[tuple[str, int, str | None]] = list(_local_files(root))
         else:
-            fs, root = _remote(uri)
-            root = root.rstrip("/")
-            # `find` does not know empty folders, which only `ls` tells from missing ones.
-            entries = _retry(fs.find, root, detail=True) or _retry(fs.ls, root, detail=True) and {}
+            fs, path = _remote(uri)
+            root = path.rstrip("/")
+            entries = _retry(fs.find, root, detail=True)
+            if not entries:
+                _retry(fs.ls, root)  # tells an empty folder from a missing one, which find does not
             found = [
-                (name[len(root) + 1 :], int(entry["size"]), entry.get("ETag"))
+                (name, int(entry["size"]), _bare(entry.get("ETag")))
                 for name, entry in entries.items()
                 if entry["type"] == "file" and not name.endswith("/")
             ]
-    objects = [ObjectInfo(join(uri, name), size, etag and etag.strip('"')) for name, size, etag in found]
+    prefix = uri.rstrip("/")
+    objects = [ObjectInfo(prefix + name[len(root) :], size, etag) for name, size, etag in found]
     return sorted(objects, key=lambda entry: entry.uri)
 
 
@@ -172,8 +179,7 @@ def create(uri: str, data: bytes) -> bool:
     """Write an object whole or not at all, unless one of this name exists.
 
     Returns:
-        True if this call wrote it, False if the name was taken. After a lost answer, an object
-        with these very bytes counts as written by this call.
+        True if this call wrote it, False if the name was taken.
 
     Raises:
         StorageError: It cannot be written.
@@ -182,20 +188,13 @@ def create(uri: str, data: bytes) -> bool:
         if (path := _local_path(uri)) is not None:
             return _create_local(path, data)
         fs, path = _remote(uri)
-        for attempt in stamina.retry_context(_is_transient, **_PATIENCE):
-            with attempt:
-                try:
-                    if isinstance(fs, s3fs.S3FileSystem):
-                        # One PUT (5 GB at most): some servers ignore the condition on multipart uploads.
-                        fs.call_s3("put_object", **_target(fs, path), Body=data, IfNoneMatch="*")
-                    else:
-                        fs.pipe_file(path, data, mode="create")
-                except OSError as error:
-                    if not isinstance(error, FileExistsError) and _status(error) != 412:
-                        raise
-                    return attempt.num > 1 and read(uri) == data
-                return True
-    raise AssertionError("a retry context returns or raises")
+        if isinstance(fs, s3fs.S3FileSystem):
+            return _create_s3(fs, path, data)
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
 
 
 def replace(uri: str, data: bytes) -> None:
@@ -209,16 +208,8 @@ def replace(uri: str, data: bytes) -> None:
             fs, path = _remote(uri)
             _retry(fs.pipe_file, path, data)
             return
-        folder, name = os.path.split(os.path.abspath(path))
-        os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, _UNFINISHED + secrets.token_hex(8))
-        try:
-            _write(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), data)
-            os.replace(temporary, os.path.join(folder, name))
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-        _sync_folder(folder)
+        with _staged(path, data, unnamed=False) as (source, name, folder):
+            os.replace(source, name, dst_dir_fd=folder)
 
 
 def fetch(uri: str, *, base: str | None = None) -> Fetched:
@@ -245,12 +236,13 @@ def fetch(uri: str, *, base: str | None = None) -> Fetched:
             if isinstance(fs, s3fs.S3FileSystem):
                 head = _head(fs, path)
                 size, etag = int(head["ContentLength"]), str(head["ETag"])
-                sha256 = fsspec.asyn.sync(fs.loop, _download, fs, uri, path, size, etag, spool.fileno())
+                source = _Version(uri, fs, _target(fs, path), size, etag)
+                sha256 = fsspec.asyn.sync(fs.loop, _download, source, spool.fileno())
             else:
-                size, etag = int(_retry(fs.info, path)["size"]), None
-                sha256 = _copy(fs, uri, path, spool)
+                etag = None
+                size, sha256 = _copy(fs, uri, path, spool)
             on_error.pop_all()
-        return Fetched(_descriptor_path(spool), size, sha256, etag and etag.strip('"'), spool)
+        return Fetched(_descriptor_path(spool), size, sha256, _bare(etag), spool)
 
 
 # Local files
@@ -273,7 +265,7 @@ def _state(file: BinaryIO) -> tuple[int, int]:
 
 def _fetch_local(uri: str, path: str) -> Fetched:
     # Without O_NONBLOCK, opening a named pipe would wait for its writer for ever.
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)  # noqa: SIM115  # handed over
     with contextlib.ExitStack() as on_error:
         on_error.enter_context(file)
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -290,41 +282,294 @@ def _local_files(root: str) -> Iterator[tuple[str, int, None]]:
     def fail(error: OSError) -> None:
         raise error  # os.walk would leave out what it may not see, and nobody would audit it
 
-    for folder, _, names in os.walk(root, onerror=fail):
+    if os.path.isfile(root):
+        yield root, os.path.getsize(root), None
+        return
+    for folder, _, names in os.walk(root or "/", onerror=fail):
         for name in names:
             path = os.path.join(folder, name)
             if not name.startswith(_UNFINISHED) and os.path.isfile(path):
-                yield os.path.relpath(path, root), os.path.getsize(path), None
+                yield path, os.path.getsize(path), None
 
 
 def _create_local(path: str, data: bytes) -> bool:
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    temporary: str | None = None
-    try:
+    with _staged(path, data, unnamed=True) as (source, name, folder):
         try:
-            # A file without a name: no reader of the folder can see it before it is complete.
-            descriptor = os.open(folder, os.O_WRONLY | os.O_TMPFILE, 0o666)
-            source = f"/proc/self/fd/{descriptor}"
-        except OSError as error:
-            if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:
-                raise
-            source = temporary = os.path.join(folder, _UNFINISHED + secrets.token_hex(8))
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-            parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                # With a folder's descriptor, link() becomes linkat(), which follows /proc's link to the file.
-                os.link(source, name, dst_dir_fd=parent)
-                os.fsync(parent)
-            finally:
-                os.close(parent)
-    except FileExistsError:
-        return False
-    finally:
-        if temporary is not None:
-            os.unlink(temporary)
+            # With a folder's descriptor, link() is linkat(), which follows /proc's link to the file.
+            os.link(source, name, dst_dir_fd=folder)
+        except FileExistsError:
+            return False
     return True
+
+
+@contextlib.contextmanager
+def _staged(path: str, data: bytes, *, unnamed: bool) -> Iterator[tuple[str, str, int]]:
+    """A synced file beside `path`: its source path, the final name, and the folder's descriptor."""
+    parent, name = os.path.split(os.path.abspath(path))
+    os.makedirs(parent, exist_ok=True)
+    temporary = os.path.join(parent, _UNFINISHED + secrets.token_hex(8))
+    with contextlib.ExitStack() as stack:
+        descriptor = _open_unnamed(parent) if unnamed else None
+        if named := descriptor is None:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            stack.callback(_unlink, temporary)
+        file = stack.enter_context(open(descriptor, "wb"))
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+        folder = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, folder)
+        yield temporary if named else _descriptor_path(file), name, folder
+        os.fsync(folder)
+
+
+def _open_unnamed(folder: str) -> int | None:
+    """A file without a name, so that nobody sees it before it is complete; None if unsupported."""
+    try:
+        return os.open(folder, os.O_WRONLY | os.O_TMPFILE, 0o666)
+    except OSError as error:
+        if error.errno in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:  # NFS, FUSE, old kernels
+            return None
+        raise
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+# Object stores
+
+
+def _remote(uri: str) -> tuple[Any, str]:
+    # fsspec keeps one instance for each process, so this is a look-up; never keep one across a fork.
+    s3 = uri.startswith(("s3://", "s3a://"))
+    fs, path = fsspec.url_to_fs(uri, **(_S3_OPTIONS if s3 else {}))
+    if s3:
+        fs.retries = 1
+    return fs, path
+
+
+def _target(fs: s3fs.S3FileSystem, path: str) -> dict[str, str]:
+    bucket, key, version = fs.split_path(path)
+    return {"Bucket": bucket, "Key": key} | ({"VersionId": version} if version else {})
+
+
+def _head(fs: s3fs.S3FileSystem, path: str) -> dict[str, Any]:
+    target = _target(fs, path)
+    try:
+        head: dict[str, Any] = _retry(fs.call_s3, "head_object", **target)
+    except FileNotFoundError:
+        # An answer to HEAD has no body that would tell a missing object from a missing bucket.
+        try:
+            _retry(fs.call_s3, "head_bucket", Bucket=target["Bucket"])
+        except FileNotFoundError:
+            raise _no_bucket(target["Bucket"]) from None
+        except PermissionError:
+            pass  # reading objects does not imply asking about buckets
+        raise
+    return head
+
+
+def _create_s3(fs: s3fs.S3FileSystem, path: str, data: bytes) -> bool:
+    # A PUT whose answer is lost is sent again, by aiohttp even without a word, and then finds the
+    # name taken by itself. What tells whose object it is: a mark that no other call has.
+    mark = secrets.token_hex(16)
+    try:
+        # One PUT (5 GB at most): some servers ignore the condition on multipart uploads.
+        _retry(
+            fs.call_s3,
+            "put_object",
+            **_target(fs, path),
+            Body=data,
+            Metadata={_MARK: mark},
+            IfNoneMatch="*",
+        )
+    except OSError as error:
+        # s3fs knows the refusals of AWS only; other servers' would be a bare EINVAL.
+        if not isinstance(error, FileExistsError) and _status(error) != 412:
+            raise
+        return bool(_head(fs, path)["Metadata"].get(_MARK) == mark)
+    return True
+
+
+def _spool() -> BinaryIO:
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("fwm-checkpoint"), "w+b", buffering=0)
+    # Pythons built against an old libc have no memfd_create: a file without a name on disk.
+    return tempfile.TemporaryFile(buffering=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """One version of an S3 object."""
+
+    uri: str
+    fs: s3fs.S3FileSystem
+    target: dict[str, str]
+    size: int
+    etag: str
+
+
+async def _download(source: _Version, spool: int) -> str:
+    """SHA-256 of the object, which is in `spool` afterwards.
+
+    Bodies are streamed to their place and hashed from there in order, so that memory beyond the
+    spool stays at a few pieces, whatever the number of ranges in flight.
+    """
+    # The caller may be interrupted and close its descriptor, whose number would then be reused.
+    spool = os.dup(spool)
+    slots = asyncio.Semaphore(_STREAMS)
+    retry = stamina.AsyncRetryingCaller(**_PATIENCE).on(_is_transient)
+
+    async def fill(start: int, stop: int) -> None:
+        async with slots:
+            await retry(_download_range, source, spool, start, stop)
+
+    ranges = [(start, min(start + _RANGE_BYTES, source.size)) for start in range(0, source.size, _RANGE_BYTES)]
+    tasks = [asyncio.create_task(fill(start, stop)) for start, stop in ranges]
+    digest = hashlib.sha256()
+    try:
+        os.ftruncate(spool, source.size)
+        for task, (start, stop) in zip(tasks, ranges, strict=True):
+            await task
+            await asyncio.to_thread(_update, digest, spool, start, stop)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        os.close(spool)
+    return digest.hexdigest()
+
+
+async def _download_range(source: _Version, spool: int, start: int, stop: int) -> None:
+    try:
+        reply = await source.fs._call_s3(  # noqa: SLF001  # the only way to a body that is not read at once
+            "get_object", **source.target, Range=f"bytes={start}-{stop - 1}", IfMatch=source.etag
+        )
+    except OSError as error:
+        if _status(error) in {404, 412}:
+            raise _changed(source.uri) from error
+        raise
+    async with reply["Body"] as body:
+        if reply["ETag"] != source.etag:  # a server that ignores If-Match
+            raise _changed(source.uri)
+        if reply["ContentLength"] != stop - start:  # one that ignores Range: its body would fill a neighbour's place
+            raise _ShortReadError
+        at = start
+        while piece := await body.read(_PIECE_BYTES):
+            at += os.pwrite(spool, piece, at)
+    if at != stop:
+        raise _ShortReadError
+
+
+def _update(digest: Any, spool: int, start: int, stop: int) -> None:
+    for at in range(start, stop, _PIECE_BYTES):
+        digest.update(os.pread(spool, min(_PIECE_BYTES, stop - at), at))
+
+
+def _copy(fs: Any, uri: str, path: str, spool: BinaryIO) -> tuple[int, str]:
+    """Size and SHA-256 of an object in a store without If-Match: its description must not change."""
+    before = _retry(fs.info, path)
+    size, copied, digest = int(before["size"]), 0, hashlib.sha256()
+    for start in range(0, size, _RANGE_BYTES):
+        piece = _retry(fs.cat_file, path, start=start, end=min(start + _RANGE_BYTES, size))
+        copied += spool.write(piece)
+        digest.update(piece)
+    if _retry(fs.info, path) != before:
+        raise _changed(uri)
+    if copied != size:
+        raise _ShortReadError
+    return size, digest.hexdigest()
+
+
+# Errors
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status behind an error: s3fs's translation to OSError loses it, its cause does not."""
+    for candidate in (error, error.__cause__):
+        if isinstance(candidate, botocore.exceptions.ClientError):
+            return int(candidate.response["ResponseMetadata"]["HTTPStatusCode"])
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """Short public name of what went wrong; a server's own words may quote what it was sent."""
+    for candidate in (error, error.__cause__):
+        if isinstance(candidate, botocore.exceptions.ClientError):
+            return str(candidate.response["Error"].get("Code"))
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__
+
+
+def _is_transient(error: Exception) -> bool:
+    status = _status(error) or 0
+    # 409 is a conflict between two conditional writes; 501 stays what it is.
+    return isinstance(error, _TRANSIENT) or status in {408, 409, 429} or (status >= 500 and status != 501)
+
+
+_TRANSIENT: Final = (
+    *s3fs.core.S3_RETRYABLE_ERRORS,
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.IncompleteReadError,
+    ConnectionError,
+    TimeoutError,
+    _ShortReadError,
+)
+_retry: Final = stamina.RetryingCaller(**_PATIENCE).on(_is_transient)
+
+
+@contextlib.contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except FwmError:
+        raise
+    except Exception as error:
+        raise _explain(uri, error) from error
+
+
+def _explain(uri: str, error: Exception) -> StorageError:
+    shown, reason, local = _shown(uri), _reason(error), _local_path(uri) is not None
+    match error:
+        case FileNotFoundError() if reason == "NoSuchBucket":
+            return _no_bucket(shown.split("/")[2])
+        case FileNotFoundError() | NotADirectoryError():
+            return StorageError(ErrorCode.OBJECT_MISSING, f"there is no {shown}: check the URI")
+        case PermissionError() if local:
+            advice = "give the user that runs this access to it"
+        case PermissionError():
+            advice = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what the bucket allows them"
+        case (
+            botocore.exceptions.NoCredentialsError()
+            | botocore.exceptions.PartialCredentialsError()
+            | botocore.exceptions.CredentialRetrievalError()
+        ):
+            advice = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
+        case OSError() | botocore.exceptions.BotoCoreError() if isinstance(error, _TRANSIENT):
+            advice = "the store cannot be reached: check AWS_ENDPOINT_URL and the network"
+        case ImportError() | ValueError() if not local:
+            advice = "check the URI's scheme, and that fsspec's package for it is installed"
+        case _:
+            advice = "try again; if it stays, look at the store"
+    return StorageError(ErrorCode.STORAGE, f"{shown} failed ({reason}): {advice}")
+
+
+def _changed(uri: str) -> StorageError:
+    return StorageError(
+        ErrorCode.OBJECT_CHANGED,
+        f"{_shown(uri)} was written to while it was read: audit it again once it is at rest",
+    )
+
+
+def _no_bucket(name: str) -> StorageError:
+    return StorageError(ErrorCode.STORAGE, f"the bucket {name} does not exist: check the URI and AWS_ENDPOINT_URL")
+
+
+def _shown(uri: str) -> str:
+    """The URI without user names, passwords and signed queries."""
+    return re.sub(r"(?<=://)[^/@]*@|\?.*", "", uri) if "://" in uri else uri
+
+
+def _bare(etag: str | None) -> str | None:
+    return etag.strip('"') if etag else None

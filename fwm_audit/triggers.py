@@ -161,7 +161,9 @@ class TriggerSet:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise KeyFileError(ErrorCode.KEY_MISSING, f"cannot read the key {os.fspath(path)}: {error.strerror}") from None
+            raise KeyFileError(
+                ErrorCode.KEY_MISSING, f"cannot read the key {os.fspath(path)}: {error.strerror}"
+            ) from None
         return cls.unseal(data, master)
 
     def seal(self, master: MasterSecret) -> bytes:

@@ -121,7 +121,8 @@ def _count(model: nn.Module, triggers: TriggerSet, rung: Rung, device: torch.dev
         )
     if not torch.isfinite(logits).all():
         raise ModelError(
-            ErrorCode.NON_FINITE, "the model answers NaN or infinite logits: its weights are damaged or overflow"
+            ErrorCode.NON_FINITE,
+            "the model answers NaN or infinite logits: its weights are damaged or overflow",
         )
     # Among equal logits the smallest index wins on every device; that is part of the contract.
     wrong = torch.nonzero(logits.argmax(1) != labels).flatten()
@@ -145,13 +146,16 @@ def run(model: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:
             raise
         except RuntimeError as error:
             raise ModelError(
-                ErrorCode.NO_FLOAT64 if "dtype" in str(error) or "type" in str(error) else ErrorCode.MODEL_UNSUITABLE,
+                ErrorCode.NO_FLOAT64
+                if "dtype" in str(error) or "type" in str(error)
+                else ErrorCode.MODEL_UNSUITABLE,
                 f"the model fails on inputs of shape {tuple(batch.shape)} in {batch.dtype}: {str(error)[:200]}",
             ) from None
         if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != len(batch):
             shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
             raise ModelError(
-                ErrorCode.MODEL_UNSUITABLE, f"the model answers {shape} for a batch of {len(batch)}, not [N, K] logits"
+                ErrorCode.MODEL_UNSUITABLE,
+                f"the model answers {shape} for a batch of {len(batch)}, not [N, K] logits",
             )
         outputs.append(answer)
     return torch.cat(outputs).cpu()
@@ -171,7 +175,9 @@ def float64_copy(model: nn.Module, device: torch.device) -> nn.Module:
     try:
         twin = copy.deepcopy(model)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ModelError(ErrorCode.MODEL_UNSUITABLE, f"the model cannot be copied: {str(error)[:200]}") from None
+        raise ModelError(
+            ErrorCode.MODEL_UNSUITABLE, f"the model cannot be copied: {str(error)[:200]}"
+        ) from None
     return twin.to(device=device, dtype=torch.float64).eval().requires_grad_(requires_grad=False)
 
 

@@ -1,0 +1,61 @@
+"""Fragile watermarks for neural-network checkpoints: embedded without touching the model, audited by a fleet.
+
+The data flow, and the modules in the order in which it passes them:
+
+    embedding    a model and a secret key -> a trigger set
+        key            secrets, derivation, sealed files
+        generator      keyed noise and class pairs -> inputs (trained)
+        target         the classifier on copies: float64, probes, boundaries
+        pairs          inputs -> mirrored pairs at +-delta from a boundary
+        calibration    noise -> delta, rungs, coverage, the final check
+        triggers       the trigger set in memory and in its sealed form
+        train          all of this as a Ray Train job
+
+    audit        a catalog of checkpoints -> one record for each row
+        catalog        rows -> entries
+        storage        URIs -> bytes, create-only writes, one version or an error
+        architectures  names -> modules, from allowed sources only
+        checkpoint     an untrusted file -> tensors
+        verification   a model and a trigger set -> counted labels
+        verdict        counted labels -> intact or tampered
+        check          one entry -> one record
+        records        the Parquet schema and a run's files
+        fleet          many entries -> exactly as many records, through Ray actors
+
+    errors       every finding, with its stable code
+
+A module imports only from its own row or one above: pure (errors, key, catalog, verdict, records),
+torch (triggers to verification, architectures), io (storage, checkpoint), check, Ray (fleet, train).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fwm_audit.embedding import embed as embed
+    from fwm_audit.key import MasterSecret as MasterSecret
+    from fwm_audit.key import SecretKey as SecretKey
+    from fwm_audit.triggers import TriggerSet as TriggerSet
+    from fwm_audit.verification import Verification as Verification
+    from fwm_audit.verification import verify as verify
+
+__version__ = "0.1.0"
+__all__ = ["MasterSecret", "SecretKey", "TriggerSet", "Verification", "embed", "verify"]
+
+_HOMES = {
+    "MasterSecret": "key",
+    "SecretKey": "key",
+    "TriggerSet": "triggers",
+    "Verification": "verification",
+    "embed": "embedding",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when asked for: the driver of an audit runs without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

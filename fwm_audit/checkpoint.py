@@ -1,0 +1,261 @@
+"""Checkpoints: from an untrusted file to tensors that fit an architecture, without copying them.
+
+A checkpoint's container is told by its content, never by its name. Two are read: safetensors, and
+the zip archives of `torch.save`, memory-mapped with `weights_only=True`. There is no fallback to a
+full unpickler, whatever the file says, because unpickling runs code of the file's choice.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+import safetensors
+import safetensors.torch
+import torch
+
+from fwm_audit.errors import CheckpointError, ErrorCode
+
+_ZIP_MAGIC: Final = b"PK\x03\x04"
+_PICKLE_MAGIC: Final = re.compile(rb"\x80[\x02-\x05]")
+#: The limit of the safetensors format itself.
+_MAX_SAFETENSORS_HEADER: Final = 100_000_000
+#: Two orders of magnitude above the tensors of the largest models; a listing this long takes seconds.
+_MAX_ZIP_MEMBERS: Final = 100_000
+_FLOATING: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_WRAPPERS: Final = ("state_dict", "model")
+#: DistributedDataParallel and torch.compile, in either order.
+_PREFIXES: Final = ("_orig_mod.", "module.", "_orig_mod.")
+_REFUSED_GLOBAL: Final = re.compile(r"GLOBAL (\S+)")
+_RESAVE: Final = "save the state dict again with safetensors.torch.save_file or torch.save"
+
+
+class Container(StrEnum):
+    """File formats that are read."""
+
+    SAFETENSORS = "safetensors"
+    TORCH_ZIP = "torch-zip"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A state dict as it stands in a file: dense CPU tensors, mapped from it and not yet read."""
+
+    container: Container
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def dtype(self) -> str:
+        """`float32`, `float16`, `bfloat16` or `float64` where all floating tensors share it, else `mixed`."""
+        found = {tensor.dtype for tensor in self.tensors.values() if tensor.is_floating_point()}
+        return str(found.pop()).removeprefix("torch.") if len(found) == 1 else "mixed"
+
+
+def open_checkpoint(path: str) -> Checkpoint:
+    """The checkpoint in a file.
+
+    Args:
+        path: A local file that is not written to while the tensors are in use.
+
+    Raises:
+        CheckpointError: It is no container that is read, is damaged, would run code, or holds
+            something other than dense tensors.
+    """
+    # By its descriptor, because torch.load goes by a name's ending, and so that nothing can be put
+    # in the file's place between the checks and the load.
+    with open(path, "rb") as file:  # noqa: PTH123  # paths are str throughout the io modules
+        path = f"/proc/self/fd/{file.fileno()}"
+        container = _container(file.read(9))
+        loaded = _load_safetensors(path) if container is Container.SAFETENSORS else _load_torch_zip(path)
+    return Checkpoint(container, _dense(_unprefixed(_unwrapped(loaded))))
+
+
+def fit(checkpoint: Checkpoint, reference: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors under the names and in the order of an architecture's state dict.
+
+    BatchNorm's `num_batches_tracked` may be missing and is 0 then, as in torch; it has no effect on
+    inference. Floating dtypes may differ from the reference's.
+
+    Args:
+        checkpoint: What was opened.
+        reference: The architecture's state dict; tensors on the meta device will do.
+
+    Raises:
+        CheckpointError: Names, shapes or kinds of tensors differ, or a tensor holds NaN. Infinity
+            is allowed, masks are made of it.
+    """
+    wanted = _unprefixed(reference)
+    tensors = dict(checkpoint.tensors)
+    for name, like in wanted.items():
+        if name.rpartition(".")[2] == "num_batches_tracked" and name not in tensors:
+            tensors[name] = torch.zeros(like.shape, dtype=like.dtype)
+    differing = [name for name in wanted if name in tensors and not _alike(tensors[name], wanted[name])]
+    problems = {
+        "missing": _few(name for name in wanted if name not in tensors),
+        "unexpected": _few(name for name in tensors if name not in wanted),
+        "differing": _few(differing, lambda name: f" is {_form(tensors[name])}, not {_form(wanted[name])}"),
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{kind}: {names}" for kind, names in problems.items() if names)
+        raise CheckpointError(
+            ErrorCode.CHECKPOINT_MISMATCH,
+            f"the tensors are not those of the architecture ({found}): check arch and its arguments",
+        )
+    for name in wanted:
+        # The minimum of a tensor with a NaN is NaN; isnan() would allocate a quarter of it anew.
+        if tensors[name].is_floating_point() and tensors[name].numel() and tensors[name].amin().isnan():
+            raise CheckpointError(
+                ErrorCode.NON_FINITE,
+                f"the tensor {_shown(name)} holds NaN: the file is damaged or training diverged",
+            )
+    return {full: tensors[name] for full, name in zip(reference, wanted, strict=True)}
+
+
+def _container(head: bytes) -> Container:
+    if head.startswith(_ZIP_MAGIC):
+        return Container.TORCH_ZIP
+    # A length beyond the end of the file is a cut-short safetensors file: its loader says so.
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_SAFETENSORS_HEADER:
+        return Container.SAFETENSORS
+    if _PICKLE_MAGIC.match(head):
+        raise CheckpointError(
+            ErrorCode.CHECKPOINT_UNSAFE, f"a bare pickle (torch.save before 1.6) is never opened: {_RESAVE}"
+        )
+    what = "the file is empty" if not head else "neither a safetensors file nor a zip archive of torch.save"
+    raise CheckpointError(ErrorCode.CONTAINER_UNKNOWN, f"{what}: check the URI, or {_RESAVE}")
+
+
+def _load_safetensors(path: str) -> dict[str, torch.Tensor]:
+    try:
+        tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
+    except Exception as error:  # the header is hostile input, and its errors come from three libraries
+        raise _corrupt(error) from error
+    return tensors
+
+
+def _load_torch_zip(path: str) -> Any:
+    _check_archive(path)
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if refused := _REFUSED_GLOBAL.search(str(error)):
+            raise CheckpointError(
+                ErrorCode.CHECKPOINT_UNSAFE,
+                f"loading it would call {_shown(refused[1])}, which is not a part of tensors: if you trust "
+                f"where it comes from, {_RESAVE} there",
+            ) from None
+        raise _corrupt(error) from error
+    except Exception as error:  # the pickle is hostile input: its opcodes can raise anything
+        raise _corrupt(error) from error
+
+
+def _check_archive(path: str) -> None:
+    """Refuse what torch.save does not write, before torch sees it.
+
+    Raises:
+        CheckpointError: The archive is damaged, compressed, ambiguous, oversized or TorchScript.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except Exception as error:  # zipfile lets struct.error, ValueError and more through
+        raise _corrupt(error) from error
+    names = [member.filename.partition("/")[2] for member in members]
+    if "data.pkl" not in names:
+        raise CheckpointError(ErrorCode.CONTAINER_UNKNOWN, f"a zip archive, but not of torch.save: {_RESAVE}")
+    if any(name == "constants.pkl" or name.startswith("code/") for name in names):
+        raise CheckpointError(ErrorCode.CHECKPOINT_UNSAFE, f"a TorchScript archive holds code: {_RESAVE}")
+    if (
+        len(members) > _MAX_ZIP_MEMBERS
+        or len(set(names)) != len(names)
+        or any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        or sum(member.file_size for member in members) > os.path.getsize(path)  # noqa: PTH202  # as above
+    ):
+        raise CheckpointError(
+            ErrorCode.CHECKPOINT_UNSAFE,
+            f"torch.save writes no compressed, repeated or overlapping members, but this does: {_RESAVE}",
+        )
+
+
+def _unwrapped(loaded: Any) -> Any:
+    if isinstance(loaded, dict):
+        for key in _WRAPPERS:
+            if isinstance(loaded.get(key), dict):
+                return loaded[key]
+    return loaded
+
+
+def _dense(loaded: Any) -> dict[str, torch.Tensor]:
+    if not isinstance(loaded, dict) or not loaded:
+        raise CheckpointError(ErrorCode.CHECKPOINT_MISMATCH, f"the file holds no state dict: {_RESAVE}")
+    for name, tensor in loaded.items():
+        problem = None
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            problem = f"a {type(tensor).__name__}"
+        elif (
+            tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type != "cpu"
+        ):
+            problem = "sparse, quantised or without data"
+        elif tensor.is_floating_point() and tensor.dtype not in _FLOATING:
+            problem = str(tensor.dtype)
+        if problem:
+            raise CheckpointError(
+                ErrorCode.CHECKPOINT_MISMATCH,
+                f"the entry {_shown(name)} is {problem}, not a dense tensor: {_RESAVE}",
+            )
+    # Parameters become the plain tensors that they wrap.
+    return {name: tensor.detach() for name, tensor in loaded.items()}
+
+
+def _unprefixed(tensors: Any) -> Any:
+    """The same mapping without a prefix that all its names share."""
+    for prefix in _PREFIXES:
+        if (
+            isinstance(tensors, Mapping)
+            and tensors
+            and all(isinstance(name, str) and name.startswith(prefix) for name in tensors)
+        ):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    if tensor.is_floating_point():
+        return "floating"
+    return "complex" if tensor.is_complex() else "bool" if tensor.dtype is torch.bool else "integer"
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and _kind(one) == _kind(other)
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{_kind(tensor)}{list(tensor.shape)}"
+
+
+def _few(names: Iterable[str], detail: Callable[[str], str] = lambda _: "") -> str:
+    """The first three names, with details, and the number of the others."""
+    every = list(names)
+    rest = f" and {len(every) - 3} more" if len(every) > 3 else ""
+    return ", ".join(_shown(name) + detail(name) for name in every[:3]) + rest
+
+
+def _shown(name: object) -> str:
+    """A name from an untrusted file, safe for a terminal and a log."""
+    return ascii(str(name)[:80])
+
+
+def _corrupt(error: Exception) -> CheckpointError:
+    # What torch says of a refused pickle is advice to load it unsafely.
+    detail = "" if isinstance(error, pickle.UnpicklingError) else f": {str(error).partition(chr(10))[0]}"
+    return CheckpointError(
+        ErrorCode.CHECKPOINT_CORRUPT,
+        f"the file is cut short, damaged or no plain state dict ({_shown(type(error).__name__ + detail)}): "
+        f"upload it again from its source, or {_RESAVE}",
+    )

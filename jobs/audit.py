@@ -1,0 +1,172 @@
+"""Audit every checkpoint of a catalog against its sealed key: `python -m jobs.audit --help`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import ray
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fwm_audit.fleet import AuditJob, IncompleteError, plan_audit, run_audit
+from fwm_audit.verdict import Tolerance, Verdict
+from jobs import _cli
+
+_LOG_EVERY_S = 10.0
+_EXAMPLES = """\b
+Examples:
+  python -m jobs.audit --catalog models.parquet --keys s3://acme/keys --out s3://acme/audits
+  python -m jobs.audit --catalog models.csv --keys keys --out audits --run-id nightly-0412 --dry-run
+  ray job submit --working-dir . -- python -m jobs.audit --catalog s3://acme/models.parquet ...
+
+\b
+Exit codes: 0 all intact; 1 at least one tampered; 2 usage or settings; 3 errors or incomplete.
+The last line of standard output is JSON with the run id and the counts by verdict.
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+log = logging.getLogger("jobs.audit")
+
+
+@app.command(epilog=_EXAMPLES)
+def audit(
+    *,
+    catalog: Annotated[str, typer.Option(help="Catalog: URI of a .parquet, .csv or .jsonl file.")],
+    keys: Annotated[str, typer.Option(help="URI prefix of the sealed keys.")],
+    out: Annotated[str, typer.Option(help="URI prefix for runs/ and audits/.")],
+    run_id: Annotated[str | None, typer.Option(help="Resumes the run of this id. [default: time and random]")] = None,
+    tolerance: Annotated[Tolerance, typer.Option(help="How far a model may have moved.")] = Tolerance.EXACT,
+    actors: Annotated[
+        int | None,
+        typer.Option(min=1, help="Worker processes. [default: one per CPU, or per share of a GPU]"),
+    ] = None,
+    gpus_per_actor: Annotated[float, typer.Option(min=0.0, help="Share of a GPU for each; 0: CPU.")] = 0.0,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one model.")] = 600.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    master_key: Annotated[
+        Path | None,
+        typer.Option(help="File with the master secret, as the workers see it. [default: $FWM_MASTER_KEY_FILE]"),
+    ] = None,
+    allow_factory: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PACKAGE", help="Package that `factory:` architectures may name; repeatable."),
+    ] = None,
+) -> None:
+    """Audit every checkpoint of a catalog with Ray, and store one record for each row."""
+    job = AuditJob(
+        catalog=catalog,
+        keys=keys,
+        out=out,
+        run_id=run_id or f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}",
+        tolerance=tolerance,
+        allowed_factories=tuple(allow_factory or ()),
+        actors=actors,
+        gpus_per_actor=gpus_per_actor,
+        timeout_s=timeout,
+        master_key_file=str(master_key.absolute()) if master_key else None,
+    )
+    if dry_run:
+        _describe(job)
+        return
+    log.info("run %s", job.run_id)
+    try:
+        with _cluster(), _progress() as progress:
+            summary = run_audit(job, progress=progress)
+    except IncompleteError as error:
+        log.error("%s", error)  # noqa: TRY400  # a sentence for a person; the traceback says nothing more
+        _cli.emit(run_id=job.run_id, complete=False, **error.verdicts)
+        raise typer.Exit(exit_code(error.verdicts, complete=False)) from None
+    _cli.emit(
+        run_id=job.run_id,
+        complete=True,
+        **summary.verdicts,
+        errors=summary.errors,
+        manifest=summary.manifest,
+    )
+    raise typer.Exit(exit_code(summary.verdicts, complete=True))
+
+
+def exit_code(verdicts: Mapping[str, int], *, complete: bool) -> int:
+    """What the counts of a run mean to a shell: one tampered model wins over everything else."""
+    if verdicts[Verdict.TAMPERED]:
+        return _cli.EXIT_TAMPERED
+    return 0 if complete and not verdicts[Verdict.ERROR] else _cli.EXIT_INCOMPLETE
+
+
+def _describe(job: AuditJob) -> None:
+    plan = plan_audit(job)
+    run = plan.run
+    _cli.emit(
+        run_id=run.run_id,
+        dry_run=True,
+        resumed=plan.resumed,
+        rows=run.rows,
+        unusable_rows=sum(entry.problem is not None for entry in plan.entries),
+        keys=len(run.key_fingerprints),
+        missing_keys=sum(value is None for value in run.key_fingerprints.values()),
+        shards=run.shards,
+        shards_to_audit=len(plan.missing),
+        tolerance=job.tolerance,
+        parts=plan.locate(run.part(0).rpartition("/")[0]),
+    )
+
+
+@contextmanager
+def _cluster() -> Iterator[None]:
+    """A connection to the cluster that RAY_ADDRESS names, or a cluster of this machine's own.
+
+    The closing line waits for its end: until then, Ray prints to standard output, too.
+    """
+    # Without an address, Ray would join whatever cluster was last started on this host.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(
+        address,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        include_dashboard=False if address == "local" else None,  # to be said of a new cluster only
+    )
+    # Ray's own handler, set by init, would exit without a word; a pod that is evicted gets SIGTERM.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, Mapping[str, int]], None]]:
+    """A progress bar on a terminal, elsewhere a log line now and then."""
+    if not _cli.CONSOLE.is_terminal:
+        said = time.monotonic()
+
+        def say(done: int, total: int, verdicts: Mapping[str, int]) -> None:
+            nonlocal said
+            if done == total or time.monotonic() - said > _LOG_EVERY_S:
+                said = time.monotonic()
+                log.info("%d of %d: %s", done, total, _counted(verdicts))
+
+        yield say
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=_cli.CONSOLE) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, verdicts: bar.update(
+            task, completed=done, total=total, description=_counted(verdicts)
+        )
+
+
+def _counted(verdicts: Mapping[str, int]) -> str:
+    return ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in Verdict)
+
+
+if __name__ == "__main__":
+    _cli.run(app)

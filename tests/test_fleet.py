@@ -1,0 +1,397 @@
+"""The fleet driver on real Ray: every row gets one record, whatever happens to workers and drivers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pyarrow.parquet
+import pytest
+import ray
+from ray.exceptions import OutOfMemoryError
+
+from fwm_audit import fleet, storage
+from fwm_audit.catalog import CatalogEntry, write_catalog
+from fwm_audit.check import AuditSettings, error_record
+from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, UsageError
+from fwm_audit.fleet import AuditJob, AuditWorker, IncompleteError, plan_audit, run_audit
+from fwm_audit.records import AuditRecord, from_parquet, to_parquet
+from fwm_audit.verdict import Displacement, Tolerance, Verdict
+from jobs.audit import exit_code
+
+pytestmark = pytest.mark.ray
+KEY_ID = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray():
+    # Workers cannot import test modules: the classes here travel as code.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+class Worker(AuditWorker):
+    """The actor with models that do to it what the first part of their uri says.
+
+    Every audit leaves a line in the folder that the job's `keys` names, so that tests can count them.
+    """
+
+    def start(self):
+        pass
+
+    def audit(self, entry, *, shard, attempt):
+        act = urlsplit(entry.uri).netloc
+        with (Path(self._settings.keys) / "calls").open("a") as calls:
+            calls.write(f"{act} {entry.row} {os.getpid()}\n")
+        match act:
+            case "die":
+                os._exit(1)
+            case "die-once" if attempt == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                time.sleep(600)
+            case "slow":
+                time.sleep(0.2)
+            case "raise":
+                raise ZeroDivisionError
+            case "refuse":
+                raise CheckpointError(ErrorCode.CHECKPOINT_CORRUPT, "cut short")
+        return record(self._settings, entry, shard, attempt=attempt, worker=str(os.getpid()))
+
+
+class SlowStart(Worker):
+    def start(self):
+        time.sleep(2)
+
+
+class NoSecret(Worker):
+    def start(self):
+        raise UsageError("no master secret")
+
+
+class NeverStarts(Worker):
+    def start(self):
+        os._exit(1)
+
+
+def record(settings, entry, shard, *, attempt=1, worker=""):
+    return AuditRecord(
+        run_id=settings.run_id,
+        run_started_at=settings.run_started_at,
+        audited_at=datetime.now(UTC),
+        shard=shard,
+        attempt=attempt,
+        model_id=entry.model_id,
+        uri=entry.uri,
+        arch=entry.arch,
+        key_id=entry.key_id,
+        verdict=Verdict.INTACT,
+        displacement=Displacement.NONE,
+        triggers=8,
+        matches=8,
+        worker=worker,
+    )
+
+
+class Fleet:
+    """A catalog of models that behave as told, and an output next to it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "keys").mkdir()
+
+    def job(self, acts, **options):
+        entries = [
+            CatalogEntry(row, f"model-{row}", f"test://{act}/{row}", "timm:any", "" if act == "no-key" else KEY_ID)
+            for row, act in enumerate(acts)
+        ]
+        (self.folder / "catalog.parquet").write_bytes(write_catalog(entries, "catalog.parquet"))
+        values = {"run_id": "run", "actors": 2, "timeout_s": 30.0, "shard_size": 4} | options
+        return AuditJob(
+            catalog=str(self.folder / "catalog.parquet"),
+            keys=str(self.folder / "keys"),
+            out=str(self.folder / "out"),
+            **values,
+        )
+
+    @property
+    def calls(self):
+        path = self.folder / "keys" / "calls"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def parts(self):
+        return sorted((self.folder / "out" / "audits").rglob("*.parquet"))
+
+    def rows(self):
+        return [row for part in self.parts for row in pyarrow.parquet.ParquetFile(part).read().to_pylist()]
+
+    def files(self):
+        """Every stored file with what must not change about it."""
+        found = (path for path in (self.folder / "out").rglob("*") if path.is_file())
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+
+@pytest.fixture
+def models(tmp_path):
+    return Fleet(tmp_path)
+
+
+def test_every_row_has_one_record_whatever_its_model_does(models):
+    """Workers that die, hang or raise cost nobody but their own model a record, and no model its record."""
+    acts = ["ok", "die", "ok", "no-key", "die-once", "hang", "raise", "refuse"] + ["ok"] * 9 + ["die", "no-key"]
+    seen = []
+    summary = run_audit(models.job(acts, timeout_s=2.0), progress=lambda *now: seen.append(now[:2]), worker=Worker)
+    rows = models.rows()
+    assert [row["uri"] for row in rows] == [f"test://{act}/{number}" for number, act in enumerate(acts)]
+    assert [row["shard"] for row in rows] == [number // 4 for number in range(len(acts))]
+    codes = {
+        "die": "worker_died",
+        "hang": "timeout",
+        "raise": "internal",
+        "refuse": "checkpoint_corrupt",
+        "no-key": "key_missing",
+    }
+    assert [row["error_code"] for row in rows] == [codes.get(act) for act in acts]
+    assert [row["attempt"] for row in rows] == [2 if act in {"die", "die-once"} else 1 for act in acts]
+    assert summary.verdicts == {"intact": 12, "tampered": 0, "error": 7}
+    assert summary.errors == {
+        "checkpoint_corrupt": 1,
+        "internal": 1,
+        "key_missing": 2,
+        "timeout": 1,
+        "worker_died": 2,
+    }
+    assert seen == [(done, len(acts)) for done in range(1, len(acts) + 1)]
+    # A second try is for dead workers only; a model without a key needs no worker.
+    tries = Counter(act for act, *_ in models.calls)
+    assert tries == {"ok": 11, "die": 4, "die-once": 2, "hang": 1, "raise": 1, "refuse": 1}
+
+
+def test_the_deadline_counts_from_the_start_of_the_model(models):
+    """A worker that needs longer than the deadline to get ready costs no model its audit."""
+    assert run_audit(models.job(["ok"], timeout_s=1.0), worker=SlowStart).verdicts["intact"] == 1
+
+
+def test_more_workers_than_fit_are_no_error(models):
+    """On a cluster with no room yet, work goes to whoever is ready."""
+    assert run_audit(models.job(["slow"] * 12, actors=6), worker=Worker).verdicts["intact"] == 12
+
+
+def test_workers_are_replaced_after_so_many_models(models, monkeypatch):
+    """Whatever a process leaks is bounded by the models it serves."""
+    monkeypatch.setattr(fleet, "_MODELS_PER_ACTOR", 3)
+    run_audit(models.job(["ok"] * 10), worker=Worker)
+    served = Counter(pid for _, _, pid in models.calls)
+    assert max(served.values()) <= 3
+    assert served.total() == 10
+
+
+def test_a_missing_part_is_audited_again_and_nothing_else(models):
+    """A resume fills the gap: the other parts keep their bytes and times."""
+    job = models.job(["ok"] * 10)
+    first = run_audit(job, worker=Worker)
+    gone = models.parts[1]
+    gone.unlink()
+    Path(first.manifest).unlink()
+    before = models.files()
+    assert run_audit(job, worker=Worker).verdicts == first.verdicts
+    after = models.files()
+    assert {path: after[path] for path in before} == before
+    assert after.keys() - before.keys() == {gone, Path(first.manifest)}
+    assert [row for _, row, _ in models.calls][10:] == ["4", "5", "6", "7"]
+
+
+def test_a_complete_run_is_left_alone(models):
+    """The same run id again audits nothing, changes no file and says the same."""
+    job = models.job(["ok"] * 6)
+    first, before = run_audit(job, worker=Worker), models.files()
+    assert run_audit(job, worker=NeverStarts) == first
+    assert models.files() == before
+    assert len(models.calls) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tolerance": Tolerance.HALF}, "--tolerance"),
+        ({"allowed_factories": ("acme",)}, "--allow-factory"),
+        ({"shard_size": 3}, "shard_size"),
+    ],
+)
+def test_other_settings_are_refused(models, options, named):
+    """A run keeps the settings that it was started with."""
+    run_audit(models.job(["no-key"]), worker=Worker)
+    before = models.files()
+    with pytest.raises(UsageError, match=named):
+        run_audit(models.job(["no-key"], **options), worker=Worker)
+    assert models.files() == before
+
+
+def test_another_catalog_or_key_is_refused(models):
+    """Rows and keys of a run are those it was started with, to the last bit."""
+    run_audit(models.job(["ok"]), worker=Worker)
+    with pytest.raises(UsageError, match="catalog_sha256"):
+        plan_audit(models.job(["ok", "ok"]))
+    key = models.folder / "keys" / "model-0" / f"{KEY_ID}.fwmkey"
+    key.parent.mkdir()
+    key.write_bytes(b"new")
+    with pytest.raises(UsageError, match="key_fingerprints"):
+        plan_audit(models.job(["ok"]))
+
+
+def test_the_first_writer_of_a_part_has_it(models):
+    """Of two drivers of one run, records and counts are those of whoever stored the part first."""
+    job = models.job(["ok"] * 4)
+    plan = plan_audit(job)
+
+    def other_driver(done, *_):
+        if done == 1:
+            run = json.loads((models.folder / "out/runs/run/run.json").read_text())
+            start = datetime.fromisoformat(run["started_at"])
+            seen = [
+                AuditRecord(
+                    **{name: getattr(mine, name) for name in AuditRecord.__slots__}
+                    | {"run_started_at": start, "verdict": Verdict.TAMPERED}
+                )
+                for mine in (record(settings_of(plan), entry, 0) for entry in plan.entries)
+            ]
+            assert storage.create(plan.locate(plan.run.part(0)), to_parquet(seen))
+
+    assert run_audit(job, progress=other_driver, worker=Worker).verdicts["tampered"] == 4
+
+
+def settings_of(plan):
+    return AuditSettings(
+        run_id=plan.run.run_id,
+        run_started_at=plan.run.started_at,
+        keys=plan.job.keys,
+        base="/",
+        key_fingerprints={},
+        tolerance=plan.job.tolerance,
+        allowed_factories=(),
+    )
+
+
+def test_a_worker_without_master_secret_stops_the_run(models):
+    """What is wrong for every model is the operator's to mend: no records, no second try."""
+    with pytest.raises(UsageError, match="no master secret"):
+        run_audit(models.job(["ok"] * 4), worker=NoSecret)
+    assert models.parts == []
+
+
+def test_workers_that_never_start_end_the_run(models):
+    """A fleet that cannot start is given up, and can be resumed."""
+    with pytest.raises(IncompleteError, match=r"did not start.*--run-id run"):
+        run_audit(models.job(["ok"] * 4), worker=NeverStarts)
+    assert run_audit(models.job(["ok"] * 4), worker=Worker).verdicts["intact"] == 4
+
+
+def test_an_interrupt_keeps_finished_shards_and_stops_the_workers(models):
+    """Ctrl-C is heard although a model hangs; the same run id then audits the rest only."""
+    acts = ["ok"] * 4 + ["hang"]
+
+    def interrupt():
+        while not models.parts or not any(act == "hang" for act, *_ in models.calls):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(IncompleteError, match=r"interrupted.*--run-id run") as stopped:
+        run_audit(models.job(acts), worker=Worker)
+    assert stopped.value.verdicts == {"intact": 4, "tampered": 0, "error": 0}
+    assert len(models.parts) == 1
+    hanging = int(models.calls[-1][2])
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{hanging}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{hanging}").exists()
+    summary = run_audit(models.job(acts, timeout_s=1.0), worker=Worker)
+    assert summary.verdicts == {"intact": 4, "tampered": 0, "error": 1}
+
+
+def test_storage_that_fails_leaves_a_run_to_resume(models, monkeypatch):
+    """Audited and not stored is not audited."""
+    create = storage.create
+
+    def full(uri, data):
+        if uri.endswith("-000001.parquet"):
+            raise fleet.StorageError(ErrorCode.STORAGE, "no space left")
+        return create(uri, data)
+
+    monkeypatch.setattr(storage, "create", full)
+    with pytest.raises(IncompleteError, match="no space left"):
+        run_audit(models.job(["ok"] * 8), worker=Worker)
+    monkeypatch.undo()
+    assert run_audit(models.job(["ok"] * 8), worker=Worker).verdicts["intact"] == 8
+    assert len(models.calls) == 12
+
+
+def test_a_dry_run_writes_nothing(models):
+    """The plan says what is left and leaves no trace."""
+    plan = plan_audit(models.job(["ok", "no-key"] * 5))
+    assert (plan.run.rows, plan.missing, plan.resumed) == (10, (0, 1, 2), False)
+    assert plan.run.key_fingerprints == {f"model-{row}/{KEY_ID}": None for row in range(0, 10, 2)}
+    assert not (models.folder / "out").exists()
+
+
+def test_an_unreadable_catalog_is_a_usage_error(models):
+    """A run without rows never started."""
+    with pytest.raises(UsageError, match="cannot read the catalog"):
+        run_audit(AuditJob(catalog="/no/such.csv", keys="/no", out=str(models.folder / "out"), run_id="r"))
+
+
+def test_memory_is_blamed_by_name(models):
+    """A model whose worker Ray stopped for memory twice is reported as out of memory, not as a crash."""
+    plan = plan_audit(models.job(["ok"]))
+    dispatcher = fleet._Dispatcher(None, settings_of(plan), actors=1, timeout_s=1)
+    task = fleet._Task(plan.entries[0], 0)
+    assert dispatcher._died(task, OutOfMemoryError("killed")) is None
+    (again,) = dispatcher._todo
+    assert again.attempt == 2
+    assert dispatcher._died(again, OutOfMemoryError("killed")).error_code == "out_of_memory"
+
+
+def test_error_records_survive_parquet(models):
+    """The driver's own records have every column that the schema demands."""
+    plan = plan_audit(models.job(["ok"]))
+    error = FwmError(ErrorCode.TIMEOUT, "late")
+    data = to_parquet([error_record(settings_of(plan), plan.entries[0], error, shard=0, attempt=1)])
+    assert from_parquet(data).to_pylist()[0]["error_message"] == "late"
+
+
+@pytest.mark.parametrize(
+    ("intact", "tampered", "error", "code"), [(2, 0, 0, 0), (2, 1, 0, 1), (2, 1, 1, 1), (2, 0, 1, 3)]
+)
+def test_exit_codes(intact, tampered, error, code):
+    """Tampered always wins; an error is never a success."""
+    verdicts = {"intact": intact, "tampered": tampered, "error": error}
+    assert exit_code(verdicts, complete=True) == code
+    assert exit_code(verdicts, complete=False) == (code or 3)
+
+
+def test_the_driver_stays_small():
+    """The driver loads neither torch (400 MB) nor the parts of Ray that need pandas."""
+    heavy = {"torch", "pandas", "ray.train", "ray.data"}
+    code = f"import sys; import jobs.audit, jobs.catalog; print(sorted({heavy!r} & set(sys.modules)))"
+    root = Path(__file__).resolve().parent.parent
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout.strip() == "[]"
