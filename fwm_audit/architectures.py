@@ -73,9 +73,7 @@ def parse(spec: str) -> Architecture:
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), max_num_fields=32)
     except ValueError:
-        raise ArchitectureError(
-            ErrorCode.ARCH_UNKNOWN, f"arch {spec[:120]!r}: arguments are a=1&b=2"
-        ) from None
+        raise ArchitectureError(ErrorCode.ARCH_UNKNOWN, f"arch {spec[:120]!r}: arguments are a=1&b=2") from None
     arguments = {key: _scalar(value) for key, value in pairs}
     if refused := sorted(_REFUSED & arguments.keys()):
         raise ArchitectureError(
@@ -108,7 +106,7 @@ def build(spec: str, allowed_factories: Sequence[str] = ()) -> nn.Module:
         model = _construct(arch)
     except ArchitectureError:
         raise
-    except Exception as error:  # a library's constructor may raise anything at all
+    except Exception as error:  # noqa: BLE001 - a library's constructor may raise anything at all
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise ArchitectureError(ErrorCode.ARCH_UNKNOWN, f"cannot build {spec[:120]!r}: {reason}") from None
     if not isinstance(model, nn.Module):

@@ -80,17 +80,14 @@ def _wide_deltas(target: Target, pairs: Pairs) -> dict[Tolerance, tuple[float, f
 
     float32 = shift(run(target.trainee, inputs.float(), target.device))
     half = max(
-        shift(run(rounded(target.released, dtype), inputs, target.device))
-        for dtype in (torch.float16, torch.bfloat16)
+        shift(run(rounded(target.released, dtype), inputs, target.device)) for dtype in (torch.float16, torch.bfloat16)
     )
     deltas = {
         Tolerance.FLOAT32: (FLOAT32_NOISE_FACTOR * float32, float32),
         Tolerance.HALF: (HALF_SHIFT_FACTOR * half, half),
     }
     # A model released in half precision does not move when rounded to it: that rung would say nothing.
-    return {
-        name: (level, seen) for name, (level, seen) in deltas.items() if math.isfinite(level) and seen > 0
-    }
+    return {name: (level, seen) for name, (level, seen) in deltas.items() if math.isfinite(level) and seen > 0}
 
 
 @dataclass(slots=True)
@@ -102,8 +99,7 @@ class Covered:
 
     def __post_init__(self) -> None:
         self.flags = {
-            name: torch.zeros(parameter.shape, dtype=torch.bool)
-            for name, parameter in self.model.named_parameters()
+            name: torch.zeros(parameter.shape, dtype=torch.bool) for name, parameter in self.model.named_parameters()
         }
 
     def add(self, target: Target, pairs: Pairs, delta: float) -> None:
@@ -116,9 +112,7 @@ class Covered:
             tensor.requires_grad_()
         try:
             for i in range(len(pairs)):
-                gap, _ = gap_and_lead(
-                    self.model(inputs[i : i + 1].to(target.device)), pairs.classes[i : i + 1]
-                )
+                gap, _ = gap_and_lead(self.model(inputs[i : i + 1].to(target.device)), pairs.classes[i : i + 1])
                 gradients = torch.autograd.grad(gap.sum(), list(parameters.values()), allow_unused=True)
                 for (name, tensor), gradient in zip(parameters.items(), gradients, strict=True):
                     if gradient is not None:

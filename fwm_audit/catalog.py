@@ -78,9 +78,7 @@ def read_catalog(data: bytes, name: str) -> tuple[CatalogEntry, ...]:
     """
     rows = _rows(data, name)
     if not rows:
-        raise UsageError(
-            f"the catalog {name} has no rows: list checkpoints first, with python -m jobs.catalog"
-        )
+        raise UsageError(f"the catalog {name} has no rows: list checkpoints first, with python -m jobs.catalog")
     seen: dict[tuple[str, str, str], int] = {}
     return tuple(_entry(number, row, seen) for number, row in enumerate(rows))
 
@@ -121,9 +119,7 @@ def _rows(data: bytes, name: str) -> Sequence[Mapping[str, Any]]:
             case "csv":
                 text = dict.fromkeys(SCHEMA.names, pa.string())
                 options = pa.csv.ConvertOptions(column_types=text, strings_can_be_null=True, null_values=[""])
-                table = (
-                    pa.csv.read_csv(pa.BufferReader(data), convert_options=options) if data.strip() else None
-                )
+                table = pa.csv.read_csv(pa.BufferReader(data), convert_options=options) if data.strip() else None
             case _:
                 return _json_rows(data, name)
     except pa.ArrowException as error:
@@ -152,9 +148,7 @@ def _json_rows(data: bytes, name: str) -> Sequence[Mapping[str, Any]]:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise UsageError(
-                f"the catalog {name}, line {number}: not a JSON object; one object a line is expected"
-            )
+            raise UsageError(f"the catalog {name}, line {number}: not a JSON object; one object a line is expected")
         rows.append(row)
     if rows and (missing := [column for column in REQUIRED if all(column not in row for row in rows)]):
         raise UsageError(f"the catalog {name} lacks the columns {', '.join(missing)}")

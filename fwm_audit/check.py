@@ -9,15 +9,12 @@ entry's `error` record; no path leads to `intact` except labels that agree.
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any, Final, Generic, TypeVar
 
 import torch
@@ -28,84 +25,16 @@ from fwm_audit.architectures import build
 from fwm_audit.catalog import CatalogEntry
 from fwm_audit.checkpoint import fit, open_checkpoint
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, KeyFileError
-from fwm_audit.key import MasterSecret, fingerprint
-from fwm_audit.records import AuditRecord
+from fwm_audit.key import MasterSecret, fingerprint, key_name
+from fwm_audit.records import AuditRecord, AuditSettings, error_record, versions
 from fwm_audit.triggers import TriggerSet
-from fwm_audit.verdict import Displacement, Tolerance, Verdict
 from fwm_audit.verification import verify_copy
 
 log = logging.getLogger(__name__)
 
 _KEY_CACHE_BYTES: Final = 1 << 30
 _SKELETON_CACHE_BYTES: Final = 2 << 30
-_MESSAGE_LENGTH: Final = 500
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditSettings:
-    """What every audit of a run shares; plain data and references, no secret.
-
-    Attributes:
-        keys: URI under which the sealed keys lie.
-        base: Folder against which relative local URIs are resolved.
-        key_fingerprints: SHA-256 of each sealed key ("model_id/key_id") as the run first saw it.
-        allowed_factories: Packages from which architectures may be built.
-        device: `cpu`, `cuda` or `auto`.
-        master_key_file: Path of the master secret on the worker; None takes FWM_MASTER_KEY_FILE.
-    """
-
-    run_id: str
-    run_started_at: datetime
-    keys: str
-    base: str
-    key_fingerprints: Mapping[str, str | None]
-    tolerance: Tolerance = Tolerance.EXACT
-    allowed_factories: tuple[str, ...] = ()
-    device: str = "auto"
-    master_key_file: str | None = None
-
-
-def key_name(model_id: str, key_id: str) -> str:
-    """Path of a sealed key below the keys' URI."""
-    return f"{model_id}/{key_id}.fwmkey"
-
-
-def error_record(
-    settings: AuditSettings,
-    entry: CatalogEntry,
-    error: FwmError,
-    *,
-    shard: int,
-    attempt: int,
-    worker: str = "",
-    **facts: Any,
-) -> AuditRecord:
-    """The record of an entry that could not be judged; `facts` are further columns already known."""
-    return AuditRecord(
-        run_id=settings.run_id,
-        run_started_at=settings.run_started_at,
-        audited_at=datetime.now(UTC),
-        shard=shard,
-        attempt=attempt,
-        model_id=entry.model_id,
-        uri=entry.uri,
-        arch=entry.arch,
-        key_id=entry.key_id,
-        verdict=Verdict.ERROR,
-        displacement=Displacement.UNKNOWN,
-        error_code=error.code.value,
-        error_message=_printable(error.message),
-        worker=worker,
-        versions=versions(),
-        **facts,
-    )
-
-
-@functools.cache
-def versions() -> str:
-    """JSON of the versions that decide what a model computes."""
-    return json.dumps({"fwm-audit": version("fwm-audit"), "torch": torch.__version__})
 
 
 class Auditor:
@@ -145,9 +74,7 @@ class Auditor:
             # A checkpoint is hostile input: whatever it breaks is a finding about it, not about the run.
             log.exception("unexpected failure while auditing %s", entry.uri)
             known = FwmError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
-        return error_record(
-            self.settings, entry, known, shard=shard, attempt=attempt, worker=self.worker, **facts
-        )
+        return error_record(self.settings, entry, known, shard=shard, attempt=attempt, worker=self.worker, **facts)
 
     def _audit(self, entry: CatalogEntry, shard: int, attempt: int, facts: dict[str, Any]) -> AuditRecord:
         triggers, key_fingerprint = self._key(entry)
@@ -233,9 +160,7 @@ class Auditor:
                 .requires_grad_(requires_grad=False)
             )
 
-        return self._skeletons.get(
-            arch, make, lambda model: sum(t.nbytes for t in model.state_dict().values())
-        )
+        return self._skeletons.get(arch, make, lambda model: sum(t.nbytes for t in model.state_dict().values()))
 
 
 def load(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -276,8 +201,3 @@ class _Cache(Generic[T]):
         while len(self.held) > 1 and sum(bytes_ for _, bytes_ in self.held.values()) > self.limit:
             self.held.popitem(last=False)
         return self.held[name][0]
-
-
-def _printable(text: str) -> str:
-    """One line without control characters: names inside a hostile file end up in error messages."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:_MESSAGE_LENGTH]

@@ -27,9 +27,7 @@ class Generator(nn.Module):
     Inputs that are not images (rank other than 3) get a two-layer perceptron instead.
     """
 
-    def __init__(
-        self, input_shape: tuple[int, ...], input_range: tuple[float, float], key: SecretKey
-    ) -> None:
+    def __init__(self, input_shape: tuple[int, ...], input_range: tuple[float, float], key: SecretKey) -> None:
         super().__init__()
         self.input_shape = input_shape
         low, high = input_range

@@ -39,9 +39,7 @@ _MAX_HEADER_BYTES: Final = 1 << 20
 
 
 def _hkdf(secret: bytes, purpose: str, *, salt: bytes | None = None, length: int = SECRET_BYTES) -> bytes:
-    return HKDF(algorithm=SHA256(), length=length, salt=salt, info=(_DOMAIN + purpose).encode()).derive(
-        secret
-    )
+    return HKDF(algorithm=SHA256(), length=length, salt=salt, info=(_DOMAIN + purpose).encode()).derive(secret)
 
 
 class _Secret:
@@ -126,9 +124,7 @@ class MasterSecret(_Secret):
         name = os.fspath(path) if path is not None else os.environ.get(MASTER_KEY_VARIABLE, "")
         advice = "make one with: (umask 077; openssl rand -hex 32 > master.key)"
         if not name:
-            raise UsageError(
-                f"no master secret: set {MASTER_KEY_VARIABLE} or pass --master-key FILE; {advice}"
-            )
+            raise UsageError(f"no master secret: set {MASTER_KEY_VARIABLE} or pass --master-key FILE; {advice}")
         try:
             raw = Path(name).read_bytes()
         except OSError as error:
@@ -158,9 +154,7 @@ class MasterSecret(_Secret):
         encoded = json.dumps(full, sort_keys=True, separators=(",", ":")).encode()
         prefix = MAGIC + len(encoded).to_bytes(4, "little") + encoded
         nonce = secrets.token_bytes(_NONCE_BYTES)
-        return (
-            prefix + nonce + AESGCM(_hkdf(self._bytes, "seal", salt=salt)).encrypt(nonce, plaintext, prefix)
-        )
+        return prefix + nonce + AESGCM(_hkdf(self._bytes, "seal", salt=salt)).encrypt(nonce, plaintext, prefix)
 
     def open(self, sealed: bytes) -> bytes:
         """The plaintext of a sealed file.
@@ -210,6 +204,11 @@ def read_header(sealed: bytes) -> Header:
     if not isinstance(values, dict):
         raise KeyFileError(ErrorCode.KEY_UNREADABLE, "the sealed key's header was altered")
     return Header(values, start + length)
+
+
+def key_name(model_id: str, key_id: str) -> str:
+    """Path of a sealed key below the keys' URI."""
+    return f"{model_id}/{key_id}.fwmkey"
 
 
 def fingerprint(sealed: bytes) -> str:

@@ -8,6 +8,7 @@ place_exact both sides at gap = +delta and -delta, in every declared variant
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -52,10 +53,10 @@ class Pairs:
     @classmethod
     def join(cls, parts: Sequence[Pairs]) -> Pairs:
         """All rows, in the order of their numbers."""
-        one = cls(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__[:-1]),
-            torch.cat([part.sides for part in parts], 1),
-        )
+        rows = [replace(part, sides=part.sides.transpose(0, 1)) for part in parts]
+        names = [field.name for field in dataclasses.fields(cls)]
+        stacked = cls(**{name: torch.cat([getattr(part, name) for part in rows]) for name in names})
+        one = replace(stacked, sides=stacked.sides.transpose(0, 1))
         return one.take(one.number.argsort())
 
 
@@ -89,19 +90,18 @@ def train(
         # Gradients are averaged over ranks; the factor makes that the mean over the whole block.
         loss = each.sum() * (peers.size / block)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch declares no types here
+        loss.backward()
         optimizer.step()
         seen = peers.gather((loss.item() / peers.size, int((lead > 0).sum())))
         total = sum(value for value, _ in seen)
         if not math.isfinite(total):
-            raise EmbeddingError(
-                ErrorCode.PAIRS_NOT_FOUND, "the generator's training diverged: check input_range"
-            )
+            raise EmbeddingError(ErrorCode.PAIRS_NOT_FOUND, "the generator's training diverged: check input_range")
         report(Progress("generator", step + 1, _STEPS, total))
         if sum(leading for _, leading in seen) >= 0.9 * block:
             break
     with torch.no_grad():
-        return net(draws).detach()
+        inputs: Tensor = net(draws)
+        return inputs
 
 
 def refine(target: Target, inputs: Tensor, classes: Tensor, report: Report) -> Tensor:
@@ -150,9 +150,7 @@ def centre(target: Target, inputs: Tensor, numbers: Tensor, classes: Tensor) -> 
     zero = torch.zeros(1, dtype=torch.float64)
     flat = torch.zeros(1, *target.shape, dtype=torch.bool)
     for i, image in enumerate(images):  # one at a time: a float64 graph of a large model is large
-        point = (
-            place(image[None], flat, zero, target.range).to(target.device).requires_grad_()
-        )
+        point = place(image[None], flat, zero, target.range).to(target.device).requires_grad_()
         gap, _ = gap_and_lead(target.released(point), classes[i : i + 1])
         (gradient,) = torch.autograd.grad(gap.sum(), point)
         signs[i] = (gradient[0] >= 0).cpu()
@@ -165,9 +163,7 @@ def centre(target: Target, inputs: Tensor, numbers: Tensor, classes: Tensor) -> 
     return replace(pairs, t=found.t).take(usable.nonzero().flatten())
 
 
-def solve(
-    target: Target, model: nn.Module, pairs: Pairs, start: Tensor, level: float, tolerance: float
-) -> Solution:
+def solve(target: Target, model: nn.Module, pairs: Pairs, start: Tensor, level: float, tolerance: float) -> Solution:
     """t with |gap(t) - level| <= tolerance, by secant steps that stay in the bracket once there is one.
 
     Networks of rectifiers are piecewise linear along the mask, so a handful of steps suffice; what is

@@ -12,21 +12,25 @@ triggers are never among them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from fwm_audit.errors import UsageError
-from fwm_audit.verdict import Displacement, Verdict
+from fwm_audit import __version__
+from fwm_audit.catalog import CatalogEntry
+from fwm_audit.errors import FwmError, UsageError
+from fwm_audit.verdict import Displacement, Tolerance, Verdict
 
 SCHEMA_VERSION: Final = 1
 _TIME = pa.timestamp("us", tz="UTC")
@@ -68,6 +72,7 @@ SCHEMA: Final = pa.schema(
         pa.field("versions", pa.string()),
     ]
 )
+_MESSAGE_LENGTH: Final = 500
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -120,6 +125,73 @@ class AuditRecord:
             raise ValueError("a record has an error_code exactly when its verdict is 'error'")
         if self.verdict is not Verdict.ERROR and not self.triggers:
             raise ValueError("a verdict needs triggers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditSettings:
+    """What every audit of a run shares; plain data and references, no secret.
+
+    Attributes:
+        keys: URI under which the sealed keys lie.
+        base: Folder against which relative local URIs are resolved.
+        key_fingerprints: SHA-256 of each sealed key ("model_id/key_id") as the run first saw it.
+        allowed_factories: Packages from which architectures may be built.
+        device: `cpu`, `cuda` or `auto`.
+        master_key_file: Path of the master secret on the worker; None takes FWM_MASTER_KEY_FILE.
+    """
+
+    run_id: str
+    run_started_at: datetime
+    keys: str
+    base: str
+    key_fingerprints: Mapping[str, str | None]
+    tolerance: Tolerance = Tolerance.EXACT
+    allowed_factories: tuple[str, ...] = ()
+    device: str = "auto"
+    master_key_file: str | None = None
+
+
+def error_record(
+    settings: AuditSettings,
+    entry: CatalogEntry,
+    error: FwmError,
+    *,
+    shard: int,
+    attempt: int,
+    worker: str = "",
+    **facts: Any,
+) -> AuditRecord:
+    """The record of an entry that could not be judged; `facts` are further columns already known."""
+    return AuditRecord(
+        run_id=settings.run_id,
+        run_started_at=settings.run_started_at,
+        audited_at=datetime.now(UTC),
+        shard=shard,
+        attempt=attempt,
+        model_id=entry.model_id,
+        uri=entry.uri,
+        arch=entry.arch,
+        key_id=entry.key_id,
+        verdict=Verdict.ERROR,
+        displacement=Displacement.UNKNOWN,
+        error_code=error.code.value,
+        error_message=_printable(error.message),
+        worker=worker,
+        versions=versions(),
+        **facts,
+    )
+
+
+@functools.cache
+def versions() -> str:
+    """JSON of the versions that decide what a model computes."""
+    # From metadata: the driver has torch installed, not loaded.
+    return json.dumps({"fwm-audit": __version__, "torch": importlib.metadata.version("torch")})
+
+
+def _printable(text: str) -> str:
+    """One line without control characters: names inside a hostile file end up in error messages."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:_MESSAGE_LENGTH]
 
 
 def to_parquet(records: Sequence[AuditRecord]) -> bytes:
@@ -194,14 +266,10 @@ class Run:
     def differences(self, other: Run) -> list[str]:
         """Names of what differs between two descriptions of one run, start time apart."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        names = [
-            name for name in mine if name not in {"started_at", "settings"} and mine[name] != theirs[name]
-        ]
+        names = [name for name in mine if name not in {"started_at", "settings"} and mine[name] != theirs[name]]
         settings = self.settings.keys() | other.settings.keys()
         return names + sorted(
-            f"--{name.replace('_', '-')}"
-            for name in settings
-            if self.settings.get(name) != other.settings.get(name)
+            f"--{name.replace('_', '-')}" for name in settings if self.settings.get(name) != other.settings.get(name)
         )
 
 
@@ -225,9 +293,7 @@ def manifest(run: Run, parts: Mapping[str, bytes]) -> bytes:
         verdicts.update(table["verdict"].to_pylist())
         errors.update(code for code in table["error_code"].to_pylist() if code)
     if (rows := sum(file["rows"] for file in files)) != run.rows or len(files) != run.shards:
-        raise RuntimeError(
-            f"run {run.run_id}: {rows} records in {len(files)} parts for {run.rows} catalog rows"
-        )
+        raise RuntimeError(f"run {run.run_id}: {rows} records in {len(files)} parts for {run.rows} catalog rows")
     return _json(
         {
             "run_id": run.run_id,

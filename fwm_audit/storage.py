@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final, Self
 
-import botocore.exceptions  # type: ignore[import-untyped]  # publishes no types
+import botocore.exceptions
 import fsspec
 import fsspec.asyn
 import s3fs

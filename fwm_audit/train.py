@@ -27,11 +27,11 @@ from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 
 from fwm_audit import storage
 from fwm_audit.architectures import build, input_shape
-from fwm_audit.check import key_name, load
+from fwm_audit.check import load
 from fwm_audit.checkpoint import fit, open_checkpoint
 from fwm_audit.embedding import embed
 from fwm_audit.errors import EmbeddingError, ErrorCode, FwmError, KeyFileError, UsageError
-from fwm_audit.key import MasterSecret, fingerprint
+from fwm_audit.key import MasterSecret, fingerprint, key_name
 from fwm_audit.peers import Progress
 from fwm_audit.triggers import TriggerSet
 from fwm_audit.verdict import Verdict
@@ -103,14 +103,8 @@ def embed_model(task: EmbedTask) -> Embedded:
     model, digest = _load(task)
     shape = task.input_shape or input_shape(task.arch, model)
     if shape is None:
-        raise UsageError(
-            f"{task.arch} does not state the shape of its input: pass --input-shape, as in 1,28,28"
-        )
-    device = (
-        ray.train.torch.get_device()
-        if ray.is_initialized() and torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+        raise UsageError(f"{task.arch} does not state the shape of its input: pass --input-shape, as in 1,28,28")
+    device = ray.train.torch.get_device() if ray.is_initialized() and torch.cuda.is_available() else torch.device("cpu")
     triggers = embed(
         model,
         secret=master.secret_key(task.model_id, digest, task.settings()),
@@ -136,9 +130,7 @@ def embed_model(task: EmbedTask) -> Embedded:
                 ErrorCode.OBJECT_CHANGED, f"{task.checkpoint} was replaced during embedding: start again"
             )
         if verify(fresh, TriggerSet.unseal(sealed, master), device=device).verdict is not Verdict.INTACT:
-            raise EmbeddingError(
-                ErrorCode.PAIRS_NOT_FOUND, "the sealed key does not verify its own checkpoint"
-            )
+            raise EmbeddingError(ErrorCode.PAIRS_NOT_FOUND, "the sealed key does not verify its own checkpoint")
         if not storage.create(uri, sealed):
             log.info("%s: key %s was published before and is kept", task.model_id, triggers.key_id)
             sealed = storage.read(uri)
@@ -186,7 +178,7 @@ def embed_on_cluster(task: EmbedTask, *, workers: int, run_storage: str | None =
     )
     try:
         result = trainer.fit()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - raised again, as the worker's own finding if it is one
         raise _cause(error) from None
     metrics = result.metrics or {}
     return Embedded(**{field.name: metrics[field.name] for field in dataclasses.fields(Embedded)})

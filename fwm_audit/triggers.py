@@ -121,7 +121,7 @@ class TriggerSet:
         return tuple(dict.fromkeys(rung.variant for rung in self.rungs))
 
     def variant_for(self, dtype: str) -> str:
-        """The variant against which a checkpoint of this dtype is checked: its own if declared, else the released one."""
+        """The variant against which a checkpoint of this dtype is checked: its own, or else the released one."""
         return dtype if dtype in self.variants else self.variants[0]
 
     def rungs_of(self, variant: str) -> tuple[Rung, ...]:

@@ -146,9 +146,7 @@ def run(model: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:
             raise
         except RuntimeError as error:
             raise ModelError(
-                ErrorCode.NO_FLOAT64
-                if "dtype" in str(error) or "type" in str(error)
-                else ErrorCode.MODEL_UNSUITABLE,
+                ErrorCode.NO_FLOAT64 if "dtype" in str(error) or "type" in str(error) else ErrorCode.MODEL_UNSUITABLE,
                 f"the model fails on inputs of shape {tuple(batch.shape)} in {batch.dtype}: {str(error)[:200]}",
             ) from None
         if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != len(batch):
@@ -175,9 +173,7 @@ def float64_copy(model: nn.Module, device: torch.device) -> nn.Module:
     try:
         twin = copy.deepcopy(model)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ModelError(
-            ErrorCode.MODEL_UNSUITABLE, f"the model cannot be copied: {str(error)[:200]}"
-        ) from None
+        raise ModelError(ErrorCode.MODEL_UNSUITABLE, f"the model cannot be copied: {str(error)[:200]}") from None
     return twin.to(device=device, dtype=torch.float64).eval().requires_grad_(requires_grad=False)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
@@ -54,13 +57,28 @@ def emit(**values: Any) -> None:
     print(json.dumps(values), flush=True)
 
 
-def connect(*, log_to_driver: bool = False, dashboard: bool = False) -> None:
-    """Join the cluster that RAY_ADDRESS names (a submitted job has it set), else start one here.
+@contextmanager
+def cluster(*, log_to_driver: bool = False, dashboard: bool = False) -> Iterator[None]:
+    """A connection to the cluster that RAY_ADDRESS names, or a cluster of this machine's own.
 
-    Ray by itself also joins any cluster that was started on this host: only one that was asked for
-    is joined here.
+    Print the closing line after its end: until then, Ray prints to standard output, too.
+
+    Args:
+        log_to_driver: Show what workers log.
+        dashboard: Whether a cluster of our own gets one.
     """
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=log_to_driver, logging_level=logging.WARNING)
-    else:
-        ray.init("local", log_to_driver=log_to_driver, logging_level=logging.WARNING, include_dashboard=dashboard)
+    # A submitted job has the variable set. Without an address, Ray would join whatever cluster was
+    # last started on this host.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(
+        address,
+        log_to_driver=log_to_driver,
+        logging_level=logging.WARNING,
+        include_dashboard=dashboard if address == "local" else None,  # to be said of a new cluster only
+    )
+    # Ray's own handler, set by init, would exit without a word; a pod that is evicted gets SIGTERM.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()

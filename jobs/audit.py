@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import ray
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -79,7 +76,7 @@ def audit(
         return
     log.info("run %s", job.run_id)
     try:
-        with _cluster(), _progress() as progress:
+        with _cli.cluster(), _progress() as progress:
             summary = run_audit(job, progress=progress)
     except IncompleteError as error:
         log.error("%s", error)  # noqa: TRY400  # a sentence for a person; the traceback says nothing more
@@ -118,28 +115,6 @@ def _describe(job: AuditJob) -> None:
         tolerance=job.tolerance,
         parts=plan.locate(run.part(0).rpartition("/")[0]),
     )
-
-
-@contextmanager
-def _cluster() -> Iterator[None]:
-    """A connection to the cluster that RAY_ADDRESS names, or a cluster of this machine's own.
-
-    The closing line waits for its end: until then, Ray prints to standard output, too.
-    """
-    # Without an address, Ray would join whatever cluster was last started on this host.
-    address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(
-        address,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        include_dashboard=False if address == "local" else None,  # to be said of a new cluster only
-    )
-    # Ray's own handler, set by init, would exit without a word; a pod that is evicted gets SIGTERM.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import typer
 from fwm_audit import storage
 from fwm_audit.catalog import CatalogEntry, write_catalog
 from fwm_audit.errors import ErrorCode, KeyFileError, StorageError, UsageError
-from fwm_audit.key import read_header
+from fwm_audit.key import key_name, read_header
 from jobs import _cli
 
 SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt"})
@@ -132,7 +132,7 @@ def _arches(keys: str, key_ids: Mapping[str, list[str]]) -> dict[tuple[str, str]
         return dict(
             zip(
                 names,
-                pool.map(lambda name: _arch(storage.join(keys, *name) + _KEY_SUFFIX), names),
+                pool.map(lambda name: _arch(storage.join(keys, key_name(*name))), names),
                 strict=True,
             )
         )

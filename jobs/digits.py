@@ -24,9 +24,7 @@ class _Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu(self.bn1(self.conv1(x)))
@@ -81,7 +79,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed
         order = torch.randperm(len(labels), generator=shuffle)
         for batch in order[: steps * 64].split(64):
             optimizer.zero_grad()
-            functional.cross_entropy(model(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]  # torch declares no types here
+            functional.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
             schedule.step()
     model.eval()
@@ -90,4 +88,4 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of right labels."""
     with torch.no_grad():
-        return (model(images).argmax(1) == labels).double().mean().item()
+        return float((model(images).argmax(1) == labels).double().mean())

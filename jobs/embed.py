@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import ray
 import typer
 
 from fwm_audit.catalog import check_model_id
@@ -40,33 +39,25 @@ def embed(
     *,
     model_id: Annotated[str, typer.Option(help="Name under which the model is audited.")],
     checkpoint: Annotated[str, typer.Option(help="URI of the released checkpoint; it is only read.")],
-    arch: Annotated[
-        str, typer.Option(help="torchvision:NAME, timm:NAME or factory:package.module:callable.")
-    ],
+    arch: Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME or factory:package.module:callable.")],
     keys: Annotated[str, typer.Option(help="URI prefix under which the sealed key is published.")],
     method: Annotated[str, typer.Option(help="How triggers are made.")] = "mirror",
     pairs: Annotated[int, typer.Option(min=1, help="Mirrored pairs; each is two triggers.")] = 16,
-    coverage: Annotated[
-        float | None, typer.Option(help="Go on until this share of the parameters is covered.")
-    ] = None,
+    coverage: Annotated[float | None, typer.Option(help="Go on until this share of the parameters is covered.")] = None,
     variants: Annotated[
         str, typer.Option(help="Dtypes in which the model ships, as in float32,float16,bfloat16.")
     ] = "",
     input_shape: Annotated[
         str, typer.Option(help="Shape of one input, as in 3,224,224. [default: what the architecture states]")
     ] = "",
-    input_range: Annotated[
-        str, typer.Option(metavar="LOW,HIGH", help="Values of a preprocessed input.")
-    ] = "-1,1",
+    input_range: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Values of a preprocessed input.")] = "-1,1",
     workers: Annotated[int, typer.Option(min=1, help="Ray Train workers.")] = 1,
     storage: Annotated[
         str | None, typer.Option(help="URI prefix for Ray Train's own run state. [default: a local folder]")
     ] = None,
     master_key: Annotated[
         Path | None,
-        typer.Option(
-            help="File with the master secret, as the workers see it. [default: $FWM_MASTER_KEY_FILE]"
-        ),
+        typer.Option(help="File with the master secret, as the workers see it. [default: $FWM_MASTER_KEY_FILE]"),
     ] = None,
     allow_factory: Annotated[
         list[str] | None,
@@ -90,13 +81,9 @@ def embed(
         master_key_file=str(master_key.absolute()) if master_key else None,
     )
     MasterSecret.from_file(task.master_key_file)  # a missing one is told before a cluster is started
-    _cli.connect(log_to_driver=True, dashboard=True)  # Ray Train looks after its actors through the dashboard
-    try:
-        published = embed_on_cluster(
-            task, workers=workers, run_storage=absolute(storage) if storage else None
-        )
-    finally:
-        ray.shutdown()
+    # Ray Train looks after its actors through the dashboard.
+    with _cli.cluster(log_to_driver=True, dashboard=True):
+        published = embed_on_cluster(task, workers=workers, run_storage=absolute(storage) if storage else None)
     _cli.emit(**dataclasses.asdict(published))
 
 

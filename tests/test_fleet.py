@@ -21,10 +21,9 @@ from ray.exceptions import OutOfMemoryError
 
 from fwm_audit import fleet, storage
 from fwm_audit.catalog import CatalogEntry, write_catalog
-from fwm_audit.check import AuditSettings, error_record
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, UsageError
 from fwm_audit.fleet import AuditJob, AuditWorker, IncompleteError, plan_audit, run_audit
-from fwm_audit.records import AuditRecord, from_parquet, to_parquet
+from fwm_audit.records import AuditRecord, AuditSettings, error_record, from_parquet, to_parquet
 from fwm_audit.verdict import Displacement, Tolerance, Verdict
 from jobs.audit import exit_code
 

@@ -1,0 +1,111 @@
+"""Small real classifiers for the tests, one of each kind that behaves in its own way."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch import Tensor, nn
+
+
+def convnet(classes: int = 5, width: int = 8) -> nn.Module:
+    """Convolutions, batch norm with statistics of its own, rectifiers; inputs [3, 16, 16]."""
+    torch.manual_seed(classes * 100 + width)
+    net = nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8 * width, classes),
+    )
+    for layer in net:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.2)
+            layer.running_var.uniform_(0.5, 2)
+            layer.weight.data.uniform_(0.5, 2)
+            layer.bias.data.normal_(0, 0.2)
+    net.input_shape = (3, 16, 16)
+    return net.eval()
+
+
+def perceptron(classes: int = 4) -> nn.Module:
+    """Flat inputs [12]."""
+    torch.manual_seed(7)
+    net = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, classes))
+    net.input_shape = (12,)
+    return net.eval()
+
+
+def transformer(classes: int = 6) -> nn.Module:
+    """A vision transformer of timm's on inputs [3, 32, 32]."""
+    torch.manual_seed(3)
+    net = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=classes
+    )
+    nn.init.normal_(net.head.weight, std=0.5)
+    net.input_shape = (3, 32, 32)
+    return net.eval()
+
+
+class Dropping(nn.Module):
+    """Drops units at random in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.body(x), 0.5, training=True)
+
+
+class BatchNormalising(nn.Module):
+    """Normalises by the statistics of the batch that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.body(x)
+        return logits - logits.mean(0)
+
+
+class CastingInside(nn.Module):
+    """Computes in float32 whatever it is given, and says so in its output's dtype or hides it."""
+
+    def __init__(self, *, hidden: bool) -> None:
+        super().__init__()
+        self.body = convnet()
+        self.hidden = hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        middle = self.body[:3](x)
+        middle = middle.float().to(x.dtype) if self.hidden else middle
+        logits = self.body[3:](middle)
+        return logits if self.hidden else logits.float()
+
+
+class NeedsFloat32(nn.Module):
+    """Holds a float32 constant that does not follow the module's dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+        self.projection = [torch.eye(5)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) @ self.projection[0]
+
+
+class Constant(nn.Module):
+    """Answers the same logits whatever the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.arange(5.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits + 0 * x.flatten(1).sum(1, keepdim=True)

@@ -1,0 +1,391 @@
+"""A key made for a model reveals edits of its function, ignores everything else, and leaves it alone."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fwm_audit import MasterSecret, SecretKey, TriggerSet, embed, verify
+from fwm_audit.errors import EmbeddingError, ErrorCode, FwmError, KeyFileError, ModelError, UsageError
+from fwm_audit.target import gap_and_lead
+from fwm_audit.triggers import levels, place, quantise
+from fwm_audit.verdict import Tolerance
+from fwm_audit.verification import float64_copy
+from tests import nets
+
+SECRET = SecretKey(bytes(range(32)))
+CPU = torch.device("cpu")
+
+
+def embedded(model, **settings):
+    settings = {"secret": SECRET, "model_id": "m", "input_shape": model.input_shape, "pairs": 5} | settings
+    return embed(model, **settings)
+
+
+def digest(model):
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    flags = [(name, p.requires_grad, p.dtype, p.data_ptr()) for name, p in model.named_parameters()]
+    return hashlib.sha256(buffer.getvalue()).hexdigest(), flags, model.training
+
+
+@pytest.fixture(scope="module", params=["convnet", "perceptron", "transformer"])
+def watermarked(request):
+    model = getattr(nets, request.param)()
+    before = digest(model)
+    triggers = embedded(model, variants=["float16"])
+    assert digest(model) == before
+    return model, triggers
+
+
+@pytest.fixture(scope="module")
+def conv():
+    model = nets.convnet()
+    return model, embedded(model, pairs=8)
+
+
+# ------------------------------------------------------------------------------------------ what a key is
+
+
+def test_every_trigger_stands_at_delta_with_its_keyed_label_on_top(watermarked):
+    model, triggers = watermarked
+    exact = triggers.rungs[0]
+    inputs, labels = triggers.materialise(exact)
+    gap, lead = gap_and_lead(float64_copy(model, CPU)(inputs), triggers.classes.repeat_interleave(2, 0))
+    side = torch.tensor([1.0, -1.0]).repeat(triggers.pairs)
+    assert exact.name is Tolerance.EXACT
+    assert exact.delta >= 8 * exact.noise
+    assert (gap - side * exact.delta).abs().max() <= exact.delta / 4 + exact.noise
+    assert (lead > 0).all()
+    assert torch.equal(labels.view(-1, 2), triggers.classes)
+    assert verify(model, triggers).displacement == "none"
+
+
+def test_the_model_is_left_alone_in_training_mode_too():
+    model = nets.convnet().train()
+    before = digest(model)
+    triggers = embedded(model)
+    assert digest(model) == before
+    assert verify(model, triggers).verdict == "intact"
+    assert digest(model) == before
+
+
+def test_the_same_secret_makes_the_same_key_whatever_the_random_state(conv):
+    model, triggers = conv
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    again = embedded(model, pairs=8)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(again.images, triggers.images)
+    assert torch.equal(again.rungs[0].t, triggers.rungs[0].t)
+    other = embedded(model, pairs=8, secret=SecretKey(bytes(32)))
+    assert other.key_id != triggers.key_id
+    assert not torch.equal(other.images, triggers.images)
+
+
+def test_a_sealed_key_comes_back_bit_for_bit(watermarked, tmp_path):
+    model, triggers = watermarked
+    master = MasterSecret.generate()
+    triggers.save(tmp_path / "k.fwmkey", master=master)
+    loaded = TriggerSet.load(tmp_path / "k.fwmkey", master=master)
+    for mine, theirs in zip(triggers.rungs, loaded.rungs, strict=True):
+        for a, b in zip(triggers.materialise(mine), loaded.materialise(theirs), strict=True):
+            assert torch.equal(a, b)
+    assert loaded.coverage == triggers.coverage
+    assert verify(model, loaded) == verify(model, triggers)
+    with pytest.raises(KeyFileError) as caught:
+        TriggerSet.load(tmp_path / "missing", master=master)
+    assert caught.value.code is ErrorCode.KEY_MISSING
+
+
+def test_another_process_rebuilds_the_same_bits(conv, tmp_path):
+    _, triggers = conv
+    master = MasterSecret.generate_file(tmp_path / "master.key")
+    triggers.save(tmp_path / "k.fwmkey", master=master)
+    script = (
+        "import sys, hashlib, torch; torch.set_num_threads(int(sys.argv[1]))\n"
+        "from fwm_audit import MasterSecret, TriggerSet\n"
+        "key = TriggerSet.load(sys.argv[2], master=MasterSecret.from_file(sys.argv[3]))\n"
+        "data = b''.join(key.materialise(rung)[0].numpy().tobytes() for rung in key.rungs)\n"
+        "print(hashlib.sha256(data).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", script, threads, str(tmp_path / "k.fwmkey"), str(tmp_path / "master.key")],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "2")
+    }
+    mine = b"".join(triggers.materialise(rung)[0].numpy().tobytes() for rung in triggers.rungs)
+    assert digests == {hashlib.sha256(mine).hexdigest() + "\n"}
+
+
+def test_quantised_levels_survive_the_round_trip():
+    for input_range in ((-1.0, 1.0), (0.0, 255.0), (-2.1, 2.6)):
+        every = torch.arange(256, dtype=torch.uint8)
+        assert torch.equal(quantise(levels(input_range), input_range), every)
+        assert levels(input_range)[[0, 255]].tolist() == pytest.approx(input_range)
+    t = torch.tensor([0.001, -0.25], dtype=torch.float64)
+    signs = torch.tensor([[True, False], [False, True]])
+    placed = place(torch.tensor([[0, 255], [255, 0]], dtype=torch.uint8), signs, t, (-1.0, 1.0))
+    assert placed.tolist() == [[-1 + 0.001, 1 - 0.001], [1 + 0.25, -1 - 0.25]]
+
+
+# ---------------------------------------------------------------------------------------------- detected
+
+
+def _sgd_step(model, lr, *, train=False):
+    model.train(train)
+    inputs = torch.randn(8, *model.input_shape, generator=torch.Generator().manual_seed(0))
+    loss = nn.functional.cross_entropy(model(inputs), torch.arange(8) % 4)
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(lr * parameter.grad)
+    model.eval()
+
+
+def _last_layer(model):
+    *_, last = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    last.weight.data *= 1 + 1e-6
+
+
+def _prune(model):
+    weights = torch.cat([p.data.flatten() for p in model.parameters() if p.dim() > 1])
+    limit = weights.abs().kthvalue(max(1, len(weights) // 1000)).values
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data[p.data.abs() <= limit] = 0
+
+
+def _noise(model):
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.data += 1e-7 * torch.randn(p.shape, generator=generator)
+
+
+def _batch_norm_statistics(model):
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.add_(1e-6)
+
+
+def _swap(model):
+    for p in model.parameters():
+        p.data = p.data.flip(0)
+
+
+EDITS = {
+    "one SGD step at 1e-6": lambda model: _sgd_step(model, 1e-6),
+    "one SGD step at 1e-6, batch norm in training mode": lambda model: _sgd_step(model, 1e-6, train=True),
+    "last layer": _last_layer,
+    "pruning 0.1 %": _prune,
+    "noise 1e-7": _noise,
+    "another model": _swap,
+    "batch norm statistics": _batch_norm_statistics,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_detected(watermarked, edit):
+    model, triggers = watermarked
+    edited = copy.deepcopy(model)
+    edited.input_shape = model.input_shape
+    EDITS[edit](edited)
+    if edit == "batch norm statistics" and not any("running" in name for name, _ in model.named_buffers()):
+        assert verify(edited, triggers).verdict == "intact"  # nothing was there to edit
+        return
+    seen = verify(edited, triggers)
+    assert seen.verdict == "tampered"
+    assert seen.matches < seen.total
+    assert seen.p_value < 1
+    assert len(seen.mismatched) == seen.total - seen.matches
+
+
+def test_one_flipped_bit_is_seen_as_often_as_the_coverage_says(conv):
+    """Flips of the last mantissa bit, the smallest edit there is, over weights drawn uniformly."""
+    model, triggers = conv
+    generator = torch.Generator().manual_seed(5)
+    parameters = list(model.parameters())
+    sizes = torch.tensor([float(p.numel()) for p in parameters])
+    seen = 0
+    tries = 60
+    for _ in range(tries):
+        parameter = parameters[torch.multinomial(sizes, 1, generator=generator)].data.view(-1)
+        index = torch.randint(len(parameter), (1,), generator=generator)
+        kept = parameter[index].clone()
+        parameter.view(torch.int32)[index] ^= 1
+        seen += verify(model, triggers).verdict == "tampered"
+        parameter[index] = kept
+    assert verify(model, triggers).verdict == "intact"
+    expected = triggers.coverage.total
+    assert expected > 0.8
+    # Three standard deviations below the prediction; a flip moves a weight by up to two units of 2^-23.
+    assert seen / tries > expected - 3 * math.sqrt(expected * (1 - expected) / tries) - 1 / tries
+
+
+# ------------------------------------------------------------------------------------- correctly ignored
+
+
+def test_ignored_reserialisation_and_threads(watermarked):
+    model, triggers = watermarked
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(torch.load(buffer, weights_only=True))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert verify(copied, triggers).verdict == "intact"
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_ignored_permuted_channels(conv):
+    """The same function from other bytes: the first convolution's channels in another order."""
+    model, triggers = conv
+    permuted = copy.deepcopy(model)
+    order = torch.randperm(len(permuted[0].weight), generator=torch.Generator().manual_seed(2))
+    permuted[0].weight.data = permuted[0].weight.data[order]
+    for tensor in (*permuted[1].parameters(), permuted[1].running_mean, permuted[1].running_var):
+        tensor.data = tensor.data[order]
+    permuted[3].weight.data = permuted[3].weight.data[:, order]
+    assert verify(permuted, triggers).verdict == "intact"
+
+
+# ------------------------------------------------------------------------------- variants and displacement
+
+
+def test_a_declared_variant_is_exact_and_as_sensitive(watermarked):
+    model, triggers = watermarked
+    shipped = copy.deepcopy(model).half()
+    seen = verify(shipped, triggers)
+    assert (seen.verdict, seen.variant, seen.displacement) == ("intact", "float16", "none")
+    *_, last = (layer for layer in shipped.modules() if isinstance(layer, nn.Linear))
+    last.bias.data[triggers.classes[0, 0]] += 0.01
+    assert verify(shipped, triggers).verdict == "tampered"
+
+
+def test_displacement_names_the_finest_rung_that_holds(conv):
+    model, triggers = conv
+    cast = copy.deepcopy(model).bfloat16()
+    seen = verify(cast, triggers)
+    assert (seen.verdict, seen.variant, seen.displacement) == ("tampered", "float32", "half")
+    assert verify(cast, triggers, tolerance="half").verdict == "intact"
+    assert verify(cast, triggers, tolerance="float32").verdict == "tampered"
+    nudged = copy.deepcopy(model)
+    nudged[-1].weight.data *= 1 + 2**-20
+    seen = verify(nudged, triggers)
+    assert (seen.verdict, seen.displacement) == ("tampered", "float32")
+    assert verify(nudged, triggers, tolerance="float32").verdict == "intact"
+    swapped = copy.deepcopy(model)
+    _swap(swapped)
+    assert verify(swapped, triggers, tolerance="half").displacement == "beyond"
+
+
+def test_a_tolerance_without_its_rung_is_an_error_not_a_verdict(conv):
+    model, triggers = conv
+    bare = dataclasses.replace(triggers, rungs=triggers.rungs[:1])
+    assert verify(model, bare, tolerance="half").verdict == "intact"
+    edited = copy.deepcopy(model)
+    _noise(edited)
+    assert verify(edited, bare).displacement == "unknown"
+    with pytest.raises(ModelError) as caught:
+        verify(edited, bare, tolerance="half")
+    assert caught.value.code is ErrorCode.RUNG_MISSING
+
+
+# ----------------------------------------------------------------------------------------------- refused
+
+
+def _holding_nan():
+    model = nets.convnet()
+    model[3].weight.data[0, 0, 0, 0] = math.nan
+    return model
+
+
+def _overflowing():
+    model = nets.convnet()
+    model[-1].weight.data[:] = math.inf
+    return model
+
+
+REFUSED = {
+    "random": (nets.Dropping, ErrorCode.MODEL_STOCHASTIC),
+    "batch-dependent": (nets.BatchNormalising, ErrorCode.MODEL_STOCHASTIC),
+    "returns float32": (lambda: nets.CastingInside(hidden=False), ErrorCode.NO_FLOAT64),
+    "hidden float32": (lambda: nets.CastingInside(hidden=True), ErrorCode.NO_FLOAT64),
+    "float32 constant": (nets.NeedsFloat32, ErrorCode.NO_FLOAT64),
+    "one logit": (lambda: nets.convnet(classes=1), ErrorCode.MODEL_UNSUITABLE),
+    "wrong input shape": (lambda: nn.Linear(3, 4), ErrorCode.MODEL_UNSUITABLE),
+    "not logits": (lambda: nets.convnet()[:6], ErrorCode.MODEL_UNSUITABLE),
+    "NaN weights": (_holding_nan, ErrorCode.NON_FINITE),
+    "infinite logits": (_overflowing, ErrorCode.NON_FINITE),
+    "constant": (nets.Constant, ErrorCode.PAIRS_NOT_FOUND),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_its_name(case):
+    make, code = REFUSED[case]
+    with pytest.raises(FwmError) as caught:
+        embed(make().eval(), secret=SECRET, model_id="m", input_shape=(3, 16, 16), pairs=2)
+    assert caught.value.code is code
+    assert len(caught.value.message) > 20
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"pairs": 0}, {"method": "none"}, {"coverage": 2.0}, {"variants": ["int8"]}, {"input_range": (1.0, 1.0)}],
+)
+def test_settings_that_make_no_sense(settings):
+    with pytest.raises(UsageError):
+        embedded(nets.convnet(), **settings)
+
+
+def test_coverage_as_the_budget(conv):
+    model, few = conv
+    wanted = min(0.999, few.coverage.total + 0.02)
+    more = embedded(model, pairs=1, coverage=wanted)
+    assert more.coverage.total >= wanted
+    assert set(more.coverage.layers) == {name for name, _ in model.named_parameters()}
+
+
+def test_coverage_that_cannot_be_reached_says_what_was(monkeypatch):
+    model = nets.convnet()
+    model[3].weight.data[0] = 0  # zero weights have no last bit to flip
+    monkeypatch.setattr("fwm_audit.embedding.MAX_PAIRS", 24)
+    with pytest.raises(EmbeddingError, match=r"cover 0\.\d+ of the parameters") as caught:
+        embedded(model, coverage=1.0)
+    assert caught.value.code is ErrorCode.COVERAGE_NOT_REACHED
+
+
+def test_verify_refuses_another_number_of_classes_and_nan(conv):
+    model, triggers = conv
+    for wrong, code in ((nets.convnet(classes=6), ErrorCode.MODEL_UNSUITABLE), (_overflowing(), ErrorCode.NON_FINITE)):
+        with pytest.raises(ModelError) as caught:
+            verify(wrong, triggers)
+        assert caught.value.code is code
+    assert model is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_key_made_on_the_cpu_holds_on_the_gpu_and_the_other_way_round(conv):
+    model, triggers = conv
+    assert verify(model, triggers, device="cuda").verdict == "intact"
+    there = embedded(model, device="cuda")
+    assert verify(model, there, device="cpu").verdict == "intact"
