@@ -9,6 +9,7 @@ The data flow, and the modules in the order in which it passes them:
         pairs          inputs -> mirrored pairs at +-delta from a boundary
         calibration    noise -> delta, rungs, coverage, the final check
         triggers       the trigger set in memory and in its sealed form
+        peers          the processes that share the work of one embedding
         train          all of this as a Ray Train job
 
     audit        a catalog of checkpoints -> one record for each row

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from fwm_audit.errors import FwmError, UsageError
+from fwm_audit.key import MASTER_KEY_VARIABLE
 
 if TYPE_CHECKING:
     import typer
@@ -70,6 +72,8 @@ def cluster(*, log_to_driver: bool = False, dashboard: bool = False) -> Iterator
     # A submitted job has the variable set. Without an address, Ray would join whatever cluster was
     # last started on this host.
     address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local" and (secret := os.environ.get(MASTER_KEY_VARIABLE)):
+        os.environ[MASTER_KEY_VARIABLE] = str(Path(secret).absolute())  # workers run in another folder
     ray.init(
         address,
         log_to_driver=log_to_driver,

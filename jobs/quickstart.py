@@ -65,7 +65,7 @@ SELECT model_id, verdict, count(*) AS checkpoints, min(match_rate) AS lowest_mat
        count(*) FILTER (NOT digest_matches) AS other_bytes, round(avg(verify_ms)) AS verify_ms
 FROM read_parquet('{PARTS}', hive_partitioning = true)
 GROUP BY ALL ORDER BY ALL"""  # noqa: S608 - a constant
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 class _Payload:

@@ -1,0 +1,63 @@
+"""A catalog names architectures; it does not run code, fetch weights or open files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fwm_audit.architectures import build, input_shape
+from fwm_audit.errors import ArchitectureError, ErrorCode
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "classes"),
+    [
+        ("torchvision:squeezenet1_1?num_classes=7", (3, 224, 224), 7),
+        ("timm:resnet10t?num_classes=4&in_chans=1", (1, 176, 176), 4),
+        ("factory:jobs.digits:resnet20?classes=3&width=4", (1, 28, 28), 3),
+    ],
+)
+def test_built(spec, shape, classes):
+    model = build(spec, ["jobs"])
+    assert not model.training
+    assert input_shape(spec, model) == shape
+    with torch.no_grad():
+        assert model(torch.zeros(1, *shape)).shape == (1, classes)
+
+
+def test_an_input_shape_that_nobody_states_is_none():
+    spec = "factory:torch.nn:Linear?in_features=3&out_features=2"
+    assert input_shape(spec, build(spec, ["torch"])) is None
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("", "resnet18", "keras:resnet", "timm:", "timm:no_such_model", "torchvision:no_such_model"),
+        *("torchvision:resnet18?nonsense=1", "torchvision:resnet18?num_classes", "factory:jobs.digits"),
+        *("factory:jobs.digits:no_such", "factory:jobs.digits:digits", "timm:hf-hub:a/b", "timm:../../x"),
+        *("torchvision:resnet18?num_classes=-3", "factory:jobs.digits:INPUT_SHAPE"),
+    ],
+)
+def test_unknown(spec):
+    with pytest.raises(ArchitectureError) as caught:
+        build(spec, ["jobs"])
+    assert caught.value.code is ErrorCode.ARCH_UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("factory:os:system?command=id", "factory:jobsx.digits:resnet20", "factory:subprocess:run?args=id"),
+        *(
+            "timm:resnet18?pretrained=True",
+            "timm:resnet18?checkpoint_path=/etc/passwd",
+            "torchvision:resnet18?weights=x",
+        ),
+        *("timm:resnet18?pretrained_cfg=x", "torchvision:fcn_resnet50?weights_backbone=DEFAULT"),
+    ],
+)
+def test_not_allowed(spec):
+    with pytest.raises(ArchitectureError) as caught:
+        build(spec, ["jobs"])
+    assert caught.value.code is ErrorCode.ARCH_NOT_ALLOWED

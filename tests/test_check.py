@@ -1,0 +1,222 @@
+"""One entry becomes one record, whatever is wrong with it, and only agreeing labels make it intact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+from datetime import UTC, datetime
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fwm_audit.architectures import build
+from fwm_audit.catalog import CatalogEntry
+from fwm_audit.check import Auditor
+from fwm_audit.errors import ErrorCode, UsageError
+from fwm_audit.key import MasterSecret, fingerprint, key_name
+from fwm_audit.records import AuditSettings
+from fwm_audit.train import EmbedTask, embed_model
+from fwm_audit.verdict import Tolerance
+
+ARCH = "factory:tests.nets:convnet"
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A released model, its published key, and how to audit files beside it."""
+
+    folder: object
+    task: EmbedTask
+    published: object
+    state: dict
+
+    def settings(self, **changes):
+        values = {
+            "run_id": "r",
+            "run_started_at": datetime.now(UTC),
+            "keys": self.task.keys,
+            "base": str(self.folder),
+            "key_fingerprints": {},
+            "allowed_factories": ("tests",),
+            "device": "cpu",
+            "master_key_file": self.task.master_key_file,
+        }
+        return AuditSettings(**values | changes)
+
+    def entry(self, name, **changes):
+        values = {"row": 0, "model_id": "conv", "uri": name, "arch": ARCH, "key_id": self.published.key_id}
+        return CatalogEntry(**values | changes)
+
+    def audit(self, name="released.safetensors", *, settings=None, **changes):
+        auditor = Auditor(self.settings(**(settings or {})), "w")
+        return auditor.audit(self.entry(name, **changes), shard=3, attempt=1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    MasterSecret.generate_file(folder / "master.key")
+    state = build(ARCH, ["tests"]).state_dict()
+    save_file(state, folder / "released.safetensors")
+    before = (folder / "released.safetensors").read_bytes()
+    task = EmbedTask(
+        model_id="conv",
+        checkpoint="released.safetensors",
+        arch=ARCH,
+        keys=str(folder / "keys"),
+        base=str(folder),
+        pairs=4,
+        variants=("float16",),
+        allowed_factories=("tests",),
+        master_key_file=str(folder / "master.key"),
+    )
+    published = embed_model(task)
+    assert (folder / "released.safetensors").read_bytes() == before
+    return World(folder, task, published, state)
+
+
+def test_the_released_file_is_intact_with_every_fact(world):
+    record = world.audit()
+    assert (record.verdict, record.displacement) == ("intact", "none")
+    assert (record.triggers, record.matches, record.match_rate, record.mismatched) == (8, 8, 1.0, [])
+    assert record.digest_matches is True
+    assert record.sha256 == world.published.checkpoint_sha256
+    assert record.key_fingerprint == world.published.fingerprint
+    assert (record.container, record.dtype, record.variant) == ("safetensors", "float32", "float32")
+    assert (record.shard, record.attempt, record.worker, record.method) == (3, 1, "w", "mirror")
+    assert "torch" in json.loads(record.versions)
+    assert min(record.fetch_ms, record.load_ms, record.verify_ms) >= 0
+
+
+def test_embedding_again_publishes_nothing_new(world):
+    assert embed_model(world.task) == world.published
+    assert [path.name for path in (world.folder / "keys" / "conv").iterdir()] == [f"{world.published.key_id}.fwmkey"]
+
+
+def test_other_containers_are_intact_with_other_digests(world):
+    torch.save(world.state, world.folder / "copy.pt")
+    wrapped = {"state_dict": {f"module.{name}": tensor for name, tensor in world.state.items()}}
+    torch.save(wrapped, world.folder / "ddp.pth")
+    for name in ("copy.pt", "ddp.pth"):
+        record = world.audit(name)
+        assert (record.verdict, record.container, record.digest_matches) == ("intact", "torch-zip", False)
+
+
+def test_a_declared_cast_is_intact_and_an_undeclared_one_is_not(world):
+    save_file({n: t.half() if t.is_floating_point() else t for n, t in world.state.items()}, world.folder / "half.st")
+    record = world.audit("half.st")
+    assert (record.verdict, record.variant, record.dtype) == ("intact", "float16", "float16")
+    cast = {n: t.bfloat16() if t.is_floating_point() else t for n, t in world.state.items()}
+    save_file(cast, world.folder / "bf16.st")
+    assert world.audit("bf16.st").verdict == "tampered"
+    tolerant = world.audit("bf16.st", settings={"tolerance": Tolerance.HALF})
+    assert (tolerant.verdict, tolerant.displacement, tolerant.variant) == ("intact", "half", "float32")
+
+
+def test_one_flipped_bit_is_tampered(world):
+    flipped = dict(world.state)
+    flipped["3.weight"] = flipped["3.weight"].clone()
+    flipped["3.weight"].view(torch.int32).view(-1)[17] ^= 1
+    save_file(flipped, world.folder / "flipped.st")
+    record = world.audit("flipped.st")
+    assert (record.verdict, record.digest_matches) == ("tampered", False)
+    assert record.matches + len(record.mismatched) == record.triggers
+
+
+def test_no_state_leaks_from_one_model_to_the_next(world):
+    """A tampered model audited between two intact ones, on one worker with one cached skeleton."""
+    flipped = {n: t + 1e-3 if t.is_floating_point() else t for n, t in world.state.items()}
+    save_file(flipped, world.folder / "moved.st")
+    save_file({n: t for n, t in flipped.items() if n != "0.weight"}, world.folder / "missing.st")
+    auditor = Auditor(world.settings(), "w")
+    names = ["released.safetensors", "moved.st", "released.safetensors", "missing.st", "released.safetensors"]
+    verdicts = [auditor.audit(world.entry(name), shard=0, attempt=1).verdict.value for name in names]
+    assert verdicts == ["intact", "tampered", "intact", "error", "intact"]
+
+
+class Payload:
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (self.canary,)
+
+
+def _bad_files(world):
+    folder, state = world.folder, world.state
+    whole = (folder / "released.safetensors").read_bytes()
+    (folder / "truncated.st").write_bytes(whole[:-1000])
+    (folder / "empty.st").write_bytes(b"")
+    (folder / "text.st").write_text("not a checkpoint")
+    torch.save(state | {"8.bias": Payload(str(folder / "canary"))}, folder / "malicious.pt", pickle_module=pickle)
+    save_file(build("factory:tests.nets:convnet?width=4", ["tests"]).state_dict(), folder / "narrow.st")
+    save_file(state | {"8.bias": torch.full((5,), torch.nan)}, folder / "nan.st")
+    save_file(state | {"8.bias": torch.full((5,), torch.inf)}, folder / "inf.st")
+    return {
+        "missing.nowhere": ErrorCode.OBJECT_MISSING,
+        "truncated.st": ErrorCode.CHECKPOINT_CORRUPT,
+        "empty.st": ErrorCode.CONTAINER_UNKNOWN,
+        "text.st": ErrorCode.CONTAINER_UNKNOWN,
+        "malicious.pt": ErrorCode.CHECKPOINT_UNSAFE,
+        "narrow.st": ErrorCode.CHECKPOINT_MISMATCH,
+        "nan.st": ErrorCode.NON_FINITE,
+        "inf.st": ErrorCode.NON_FINITE,
+    }
+
+
+def test_bad_files_become_errors_with_their_code(world):
+    auditor = Auditor(world.settings(), "w")
+    for name, code in _bad_files(world).items():
+        record = auditor.audit(world.entry(name), shard=0, attempt=1)
+        assert (record.verdict, record.error_code) == ("error", code.value), (name, record.error_message)
+        assert record.matches is None
+    assert not (world.folder / "canary").exists()
+    assert auditor.audit(world.entry("released.safetensors"), shard=0, attempt=1).verdict == "intact"
+
+
+def test_bad_rows_and_keys_become_errors_with_their_code(world):
+    keys = world.folder / "keys"
+    own = keys / key_name("conv", world.published.key_id)
+    other = keys / key_name("other", world.published.key_id)
+    damaged = keys / key_name("damaged", world.published.key_id)
+    for path, data in ((other, own.read_bytes()), (damaged, own.read_bytes()[:-1] + b"x")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    MasterSecret.generate_file(world.folder / "wrong.key")
+    name = f"conv/{world.published.key_id}"
+    cases = [
+        (ErrorCode.ARCH_UNKNOWN, {"arch": "timm:no_such_net"}, {}),
+        (ErrorCode.ARCH_NOT_ALLOWED, {}, {"allowed_factories": ()}),
+        (ErrorCode.KEY_MISSING, {"key_id": "0" * 16}, {}),
+        (ErrorCode.KEY_OTHER_MODEL, {"model_id": "other"}, {}),
+        (ErrorCode.KEY_UNREADABLE, {"model_id": "damaged"}, {}),
+        (ErrorCode.KEY_UNREADABLE, {}, {"master_key_file": str(world.folder / "wrong.key")}),
+        (ErrorCode.KEY_CHANGED, {}, {"key_fingerprints": {name: "0" * 64}}),
+        (ErrorCode.KEY_CHANGED, {}, {"key_fingerprints": {name: None}}),
+    ]
+    for code, changes, settings in cases:
+        record = world.audit(settings=settings, **changes)
+        assert (record.verdict, record.error_code) == ("error", code.value), record.error_message
+    pinned = {name: fingerprint(own.read_bytes())}
+    assert world.audit(settings={"key_fingerprints": pinned}).verdict == "intact"
+
+
+def test_a_catalog_digest_takes_precedence_over_the_keys(world):
+    record = world.audit(sha256="0" * 64)
+    assert (record.verdict, record.digest_matches) == ("intact", False)
+
+
+def test_a_worker_without_the_master_secret_does_not_start(world):
+    with pytest.raises(UsageError):
+        Auditor(world.settings(master_key_file=str(world.folder / "none")), "w")
+
+
+def test_labels_and_secrets_are_in_no_record(world):
+    fields = {field.name for field in dataclasses.fields(world.audit())}
+    assert not {"labels", "classes", "triggers_labels"} & fields
+    master = (world.folder / "master.key").read_text().strip()
+    assert master not in str(world.audit())
+    assert master not in str(world.audit("truncated.st"))
