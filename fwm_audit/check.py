@@ -14,7 +14,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Final, Generic, TypeVar
 
 import torch
@@ -26,7 +25,7 @@ from fwm_audit.catalog import CatalogEntry
 from fwm_audit.checkpoint import fit, open_checkpoint
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, KeyFileError
 from fwm_audit.key import MasterSecret, fingerprint, key_name
-from fwm_audit.records import AuditRecord, AuditSettings, error_record, versions
+from fwm_audit.records import AuditRecord, AuditSettings, error_record, make_record
 from fwm_audit.triggers import TriggerSet
 from fwm_audit.verification import verify_copy
 
@@ -99,28 +98,17 @@ class Auditor:
             facts |= {"load_ms": 1e3 * (clock() - started), "variant": variant}
         started = clock()
         seen = verify_copy(skeleton, triggers, self.settings.tolerance, variant=variant, device=self.device)
-        return AuditRecord(
-            run_id=self.settings.run_id,
-            run_started_at=self.settings.run_started_at,
-            audited_at=datetime.now(UTC),
-            shard=shard,
-            attempt=attempt,
-            model_id=entry.model_id,
-            uri=entry.uri,
-            arch=entry.arch,
-            key_id=entry.key_id,
-            verdict=seen.verdict,
-            displacement=seen.displacement,
-            triggers=seen.total,
-            matches=seen.matches,
-            match_rate=seen.matches / seen.total,
-            p_value=seen.p_value,
-            mismatched=list(seen.mismatched),
-            verify_ms=1e3 * (clock() - started),
-            worker=self.worker,
-            versions=versions(),
-            **facts,
-        )
+        facts |= {
+            "verdict": seen.verdict,
+            "displacement": seen.displacement,
+            "triggers": seen.total,
+            "matches": seen.matches,
+            "match_rate": seen.matches / seen.total,
+            "p_value": seen.p_value,
+            "mismatched": list(seen.mismatched),
+            "verify_ms": 1e3 * (clock() - started),
+        }
+        return make_record(self.settings, entry, shard=shard, attempt=attempt, worker=self.worker, **facts)
 
     def _key(self, entry: CatalogEntry) -> tuple[TriggerSet, str]:
         name = key_name(entry.model_id, entry.key_id)

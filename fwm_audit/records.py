@@ -151,6 +151,26 @@ class AuditSettings:
     master_key_file: str | None = None
 
 
+def make_record(
+    settings: AuditSettings, entry: CatalogEntry, *, shard: int, attempt: int, worker: str, **facts: Any
+) -> AuditRecord:
+    """The record of an entry audited just now; `facts` are the columns that the audit saw."""
+    return AuditRecord(
+        run_id=settings.run_id,
+        run_started_at=settings.run_started_at,
+        audited_at=datetime.now(UTC),
+        shard=shard,
+        attempt=attempt,
+        model_id=entry.model_id,
+        uri=entry.uri,
+        arch=entry.arch,
+        key_id=entry.key_id,
+        worker=worker,
+        versions=versions(),
+        **facts,
+    )
+
+
 def error_record(
     settings: AuditSettings,
     entry: CatalogEntry,
@@ -162,24 +182,13 @@ def error_record(
     **facts: Any,
 ) -> AuditRecord:
     """The record of an entry that could not be judged; `facts` are further columns already known."""
-    return AuditRecord(
-        run_id=settings.run_id,
-        run_started_at=settings.run_started_at,
-        audited_at=datetime.now(UTC),
-        shard=shard,
-        attempt=attempt,
-        model_id=entry.model_id,
-        uri=entry.uri,
-        arch=entry.arch,
-        key_id=entry.key_id,
-        verdict=Verdict.ERROR,
-        displacement=Displacement.UNKNOWN,
-        error_code=error.code.value,
-        error_message=_printable(error.message),
-        worker=worker,
-        versions=versions(),
-        **facts,
-    )
+    facts |= {
+        "verdict": Verdict.ERROR,
+        "displacement": Displacement.UNKNOWN,
+        "error_code": error.code.value,
+        "error_message": _printable(error.message),
+    }
+    return make_record(settings, entry, shard=shard, attempt=attempt, worker=worker, **facts)
 
 
 @functools.cache

@@ -10,17 +10,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Annotated, Any, Final
 
 import ray
+import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
 from fwm_audit.errors import FwmError, UsageError
 from fwm_audit.key import MASTER_KEY_VARIABLE
-
-if TYPE_CHECKING:
-    import typer
 
 EXIT_TAMPERED: Final = 1
 EXIT_USAGE: Final = 2
@@ -28,6 +26,14 @@ EXIT_INCOMPLETE: Final = 3
 
 #: Standard error, shared by log lines and progress bars, so that they do not overwrite each other.
 CONSOLE: Final = Console(stderr=True)
+MasterKey = Annotated[
+    Path | None,
+    typer.Option(help="File with the master secret, as the workers see it. [default: $FWM_MASTER_KEY_FILE]"),
+]
+AllowFactory = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PACKAGE", help="Package that `factory:` architectures may name; repeatable."),
+]
 log = logging.getLogger("jobs")
 
 

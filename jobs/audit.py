@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -49,14 +48,8 @@ def audit(
     gpus_per_actor: Annotated[float, typer.Option(min=0.0, help="Share of a GPU for each; 0: CPU.")] = 0.0,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one model.")] = 600.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
-    master_key: Annotated[
-        Path | None,
-        typer.Option(help="File with the master secret, as the workers see it. [default: $FWM_MASTER_KEY_FILE]"),
-    ] = None,
-    allow_factory: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PACKAGE", help="Package that `factory:` architectures may name; repeatable."),
-    ] = None,
+    master_key: _cli.MasterKey = None,
+    allow_factory: _cli.AllowFactory = None,
 ) -> None:
     """Audit every checkpoint of a catalog with Ray, and store one record for each row."""
     job = AuditJob(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -55,14 +54,8 @@ def embed(
     storage: Annotated[
         str | None, typer.Option(help="URI prefix for Ray Train's own run state. [default: a local folder]")
     ] = None,
-    master_key: Annotated[
-        Path | None,
-        typer.Option(help="File with the master secret, as the workers see it. [default: $FWM_MASTER_KEY_FILE]"),
-    ] = None,
-    allow_factory: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PACKAGE", help="Package that a `factory:` architecture may name; repeatable."),
-    ] = None,
+    master_key: _cli.MasterKey = None,
+    allow_factory: _cli.AllowFactory = None,
 ) -> None:
     """Embed a fragile watermark in one model with Ray Train, and publish its sealed key."""
     task = EmbedTask(

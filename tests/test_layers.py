@@ -74,7 +74,10 @@ def test_the_package_docstring_maps_every_module():
 
 
 def test_the_driver_of_an_audit_loads_neither_torch_nor_ray_train():
-    script = "import sys, fwm_audit.fleet, jobs.audit; print([m for m in ('torch', 'ray.train', 'timm') if m in sys.modules])"
+    script = (
+        "import sys, fwm_audit.fleet, jobs.audit\n"
+        "print([name for name in ('torch', 'ray.train', 'timm') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
