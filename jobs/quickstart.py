@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -84,8 +85,8 @@ def main() -> int:
     master = MasterSecret.generate_file(master_file)
     # One cluster for all jobs, with the secret in its workers' environment, as an operator would mount it.
     os.environ[MASTER_KEY_VARIABLE] = str(master_file.absolute())
-    address = ray.init("local", include_dashboard=True, log_to_driver=False, logging_level="WARNING")
-    environment = os.environ | {"RAY_ADDRESS": address["gcs_address"]}
+    ray.init("local", include_dashboard=True, log_to_driver=False, logging_level=logging.WARNING)
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
     _step("release: a ResNet-20 trained on 5,000 real digits, and EfficientNet-Lite0 with its ImageNet weights")
     models = {"digits": _train_digits(), "imagenet": _imagenet()}
