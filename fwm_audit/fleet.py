@@ -167,23 +167,21 @@ class AuditWorker:
         return self._auditor.audit(entry, shard=shard, attempt=attempt)
 
 
-def run_audit(
-    job: AuditJob, *, progress: Progress = lambda *_: None, worker: type[AuditWorker] = AuditWorker
-) -> Summary:
+def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[AuditWorker] = AuditWorker) -> Summary:
     """The counts of a complete run; what an earlier attempt of the same run stored is not audited again.
 
     Needs `ray.init()` to have been called.
 
     Args:
-        job: What to audit.
+        plan: What to audit, from `plan_audit`.
         progress: Called after each record.
         worker: Class of the actors.
 
     Raises:
-        UsageError: Nothing can be audited with these arguments, or a worker lacks the master secret.
+        UsageError: A worker lacks the master secret, or another driver began a run of this id meanwhile.
         IncompleteError: The run stopped early; the same run id resumes it.
     """
-    plan = plan_audit(job)
+    job = plan.job
     if not plan.resumed and not storage.create(plan.locate(run_path(job.run_id, "run.json")), plan.run.to_json()):
         plan = plan_audit(job)  # another driver began this run a moment ago: agree with it, or refuse
     try:

@@ -40,6 +40,7 @@ from fwm_audit.verification import verify
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY: Final = 10
+_FAILED: Final = "failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,12 +182,21 @@ def embed_on_cluster(task: EmbedTask, *, workers: int, run_storage: str | None =
     except Exception as error:  # noqa: BLE001 - raised again, as the worker's own finding if it is one
         raise _cause(error) from None
     metrics = result.metrics or {}
+    if _FAILED in metrics:
+        code, message = metrics[_FAILED]
+        raise FwmError(ErrorCode(code), message) if code else UsageError(message)
     return Embedded(**{field.name: metrics[field.name] for field in dataclasses.fields(Embedded)})
 
 
 def _train_loop(config: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    metrics = dataclasses.asdict(embed_model(EmbedTask(**config)))
+    try:
+        metrics = dataclasses.asdict(embed_model(EmbedTask(**config)))
+    except (FwmError, UsageError) as error:
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # the other ranks may wait for this one: only the end of the group frees them
+        # As a result, and not as an exception, which Ray Train would print as three tracebacks.
+        metrics = {_FAILED: [error.code.value if isinstance(error, FwmError) else "", str(error)]}
     # Ray Train keeps the metrics of a report only together with a checkpoint: this one holds them again.
     with tempfile.TemporaryDirectory() as folder:
         if _rank() == 0:

@@ -67,10 +67,11 @@ def audit(
     if dry_run:
         _describe(job)
         return
-    log.info("run %s", job.run_id)
+    plan = plan_audit(job)  # before a cluster is started: what is asked wrongly is told at once
+    log.info("run %s: %d of %d shards to audit", job.run_id, len(plan.missing), plan.run.shards)
     try:
         with _cli.cluster(), _progress() as progress:
-            summary = run_audit(job, progress=progress)
+            summary = run_audit(plan, progress=progress)
     except IncompleteError as error:
         log.error("%s", error)  # noqa: TRY400  # a sentence for a person; the traceback says nothing more
         _cli.emit(run_id=job.run_id, complete=False, **error.verdicts)

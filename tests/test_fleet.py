@@ -22,10 +22,15 @@ from ray.exceptions import OutOfMemoryError
 from fwm_audit import fleet, storage
 from fwm_audit.catalog import CatalogEntry, write_catalog
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, UsageError
-from fwm_audit.fleet import AuditJob, AuditWorker, IncompleteError, plan_audit, run_audit
+from fwm_audit.fleet import AuditJob, AuditWorker, IncompleteError, plan_audit
 from fwm_audit.records import AuditRecord, AuditSettings, error_record, from_parquet, to_parquet
 from fwm_audit.verdict import Displacement, Tolerance, Verdict
 from jobs.audit import exit_code
+
+
+def run_audit(job, **options):
+    return fleet.run_audit(plan_audit(job), **options)
+
 
 pytestmark = pytest.mark.ray
 KEY_ID = "0123456789abcdef"

@@ -155,10 +155,10 @@ def _readable_everywhere(audits, expected):
             ["jobs.embed", "--model-id", "m", "--checkpoint", "c", "--arch", "a", "--keys", "k", "--input-range", "1"],
             "two",
         ),
-        (["jobs.audit", "--catalog", "none.csv", "--keys", "k", "--out", "o", "--dry-run"], "none.csv"),
-        (["jobs.audit", "--catalog", "empty.csv", "--keys", "k", "--out", "o", "--dry-run"], "no rows"),
+        (["jobs.audit", "--catalog", "none.csv", "--keys", "k", "--out", "o"], "none.csv"),
+        (["jobs.audit", "--catalog", "empty.csv", "--keys", "k", "--out", "o"], "no rows"),
         (
-            ["jobs.audit", "--catalog", "empty.txt", "--keys", "k", "--out", "o", "--dry-run"],
+            ["jobs.audit", "--catalog", "empty.txt", "--keys", "k", "--out", "o"],
             ".parquet, .csv or .jsonl",
         ),
         (["jobs.audit", "--catalog", "c.csv", "--keys", "k", "--out", "o", "--run-id", "../x"], "--run-id"),
@@ -180,6 +180,19 @@ def test_wrong_use_is_one_sentence_and_exit_code_2(arguments, advice, tmp_path, 
     assert done.returncode == 2, done.stderr
     assert advice in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
+def test_a_model_that_cannot_be_watermarked_is_one_sentence_and_exit_code_3(secret, tmp_path):
+    code, closing, said = job(
+        *("jobs.embed", "--model-id", "m", "--checkpoint", str(tmp_path / "gone.pt"), "--arch", ARCH),
+        *("--keys", str(tmp_path / "keys"), "--allow-factory", "tests", "--master-key", str(secret)),
+    )
+    assert (code, closing) == (3, None)
+    assert "error: " in said
+    assert "gone.pt" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "keys").exists()
 
 
 @pytest.mark.parametrize("name", ["embed", "audit", "catalog"])
