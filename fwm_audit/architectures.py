@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,14 +97,14 @@ def build(spec: str, allowed_factories: Sequence[str] = ()) -> nn.Module:
     arch = parse(spec)
     if arch.source == "factory":
         module = arch.name.partition(":")[0]
-        if not any(module == package or module.startswith(package + ".") for package in allowed_factories):
+        if not _within(module, allowed_factories):
             raise ArchitectureError(
                 ErrorCode.ARCH_NOT_ALLOWED,
                 f"factory {arch.name!r} is in no allowed package: pass --allow-factory {module.partition('.')[0]} "
                 "if you trust that code",
             )
     try:
-        model = _construct(arch)
+        model = _construct(arch, allowed_factories)
     except ArchitectureError:
         raise
     except Exception as error:  # noqa: BLE001 - a library's constructor may raise anything at all
@@ -126,20 +127,36 @@ def input_shape(spec: str, model: nn.Module) -> tuple[int, ...] | None:
         stated = config.get("input_size")
         if stated is not None and isinstance(channels := parse(spec).arguments.get("in_chans"), int):
             stated = (channels, *stated[1:])
+        if stated is not None and isinstance(size := parse(spec).arguments.get("img_size"), int):
+            stated = (stated[0], size, size)
     if stated is None and parse(spec).source == "torchvision":
         stated = (3, 224, 224)
     return None if stated is None else tuple(int(size) for size in stated)
 
 
-def _construct(arch: Architecture) -> Any:
+def _construct(arch: Architecture, allowed_factories: Sequence[str]) -> Any:
     if arch.source == "torchvision":
-        return torchvision.models.get_model(arch.name, weights=None, **arch.arguments)
+        builder = torchvision.models.get_model_builder(arch.name)
+        # Some fetch the weights of their backbone unless told not to.
+        more = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+        return builder(weights=None, **more, **arch.arguments)
     if arch.source == "timm":
         if not timm.is_model(arch.name):
             raise ArchitectureError(ErrorCode.ARCH_UNKNOWN, f"timm has no model {arch.name!r}")
         return timm.create_model(arch.name, pretrained=False, **arch.arguments)
     module, _, name = arch.name.partition(":")
-    return getattr(importlib.import_module(module), name)(**arch.arguments)
+    factory = getattr(importlib.import_module(module), name)
+    # What an allowed module has imported from elsewhere is reachable through it, and is not its own.
+    if not _within(str(getattr(factory, "__module__", "")), allowed_factories):
+        raise ArchitectureError(
+            ErrorCode.ARCH_NOT_ALLOWED,
+            f"factory {arch.name!r} is not defined in an allowed package, only imported there",
+        )
+    return factory(**arch.arguments)
+
+
+def _within(module: str, packages: Sequence[str]) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
 
 
 def _scalar(text: str) -> Scalar:

@@ -10,13 +10,13 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from fwm_audit.errors import EmbeddingError, ErrorCode
+from fwm_audit.errors import EmbeddingError, ErrorCode, ModelError
 from fwm_audit.pairs import Pairs, solve
 from fwm_audit.peers import Peers
 from fwm_audit.target import EPS, Target, executions, gap_and_lead, lower_precision, rounded
 from fwm_audit.triggers import Coverage, Rung, TriggerSet, place
 from fwm_audit.verdict import Tolerance, Verdict
-from fwm_audit.verification import run, verify_copy
+from fwm_audit.verification import forget, run, verify_copy
 
 #: delta of the exact rung in units of the measured noise: other machines' kernels add their own.
 EXACT_NOISE_FACTOR: Final = 1000
@@ -26,10 +26,10 @@ FLOAT32_NOISE_FACTOR: Final = 32
 HALF_SHIFT_FACTOR: Final = 2
 
 
-def measure_noise(target: Target, pairs: Pairs) -> float:
-    """Largest difference of a gap between benign executions, in logits."""
+def measure_noise(target: Target, pairs: Pairs) -> float | None:
+    """Largest difference of a gap between benign executions, in logits; None without pairs to measure it on."""
     if not len(pairs):
-        return 0.0
+        return None
     inputs = place(pairs.images, pairs.signs, pairs.t, target.range)
     gaps = [gap_and_lead(logits, pairs.classes)[0] for logits in executions(target, target.released, inputs)]
     noise = max((gap - gaps[0]).abs().max().item() for gap in gaps)
@@ -40,14 +40,21 @@ def measure_noise(target: Target, pairs: Pairs) -> float:
 
 def exact_delta(target: Target, noise: float) -> float:
     """Distance of the exact rung: far enough from measured noise and from rounding, no further."""
-    return max(EXACT_NOISE_FACTOR * noise, EXACT_ULP_FACTOR * EPS * target.magnitude)
+    delta = max(EXACT_NOISE_FACTOR * noise, EXACT_ULP_FACTOR * EPS * target.magnitude)
+    if delta > 1e-5 * target.scale:
+        raise ModelError(
+            ErrorCode.MODEL_UNSUITABLE,
+            f"float64 tells the logits apart only to {delta:.0e} at a spread of {target.scale:.0e}: "
+            "remove a large common offset from the logits",
+        )
+    return delta
 
 
 def make_rungs(target: Target, pairs: Pairs, delta: float, noise: float, peers: Peers) -> tuple[Rung, ...]:
     """The exact rung of every variant, then the wider rungs that tell how far a changed model moved."""
     everyone = torch.arange(len(pairs))
     rungs = []
-    wide = _wide_deltas(target, pairs)
+    wide = {name: values for name, values in _wide_deltas(target, pairs).items() if values[0] > 8 * delta}
     for number, (variant, twin) in enumerate(target.twins.items()):
         rungs.append(Rung(variant, Tolerance.EXACT, delta, noise, "float64", everyone, pairs.sides[number]))
         for name, (level, measured) in wide.items():
@@ -112,12 +119,14 @@ class Covered:
             tensor.requires_grad_()
         try:
             for i in range(len(pairs)):
+                forget(self.model)  # what it kept from passes without gradients would hide its weights
                 gap, _ = gap_and_lead(self.model(inputs[i : i + 1].to(target.device)), pairs.classes[i : i + 1])
                 gradients = torch.autograd.grad(gap.sum(), list(parameters.values()), allow_unused=True)
                 for (name, tensor), gradient in zip(parameters.items(), gradients, strict=True):
                     if gradient is not None:
                         self.flags[name] |= ((gradient * tensor.detach()).abs() * 2.0**-23 > delta).cpu()
         finally:
+            forget(self.model)
             for tensor in parameters.values():
                 tensor.requires_grad = False
 

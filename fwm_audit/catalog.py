@@ -145,7 +145,7 @@ def _json_rows(data: bytes, name: str) -> Sequence[Mapping[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise UsageError(f"the catalog {name}, line {number}: not a JSON object; one object a line is expected")
@@ -156,12 +156,16 @@ def _json_rows(data: bytes, name: str) -> Sequence[Mapping[str, Any]]:
 
 
 def _entry(number: int, row: Mapping[str, Any], seen: dict[tuple[str, str, str], int]) -> CatalogEntry:
-    text = {column: "" if row.get(column) is None else str(row[column]) for column in REQUIRED}
+    # Lone surrogates, which JSON can spell, fit into no UTF-8 record: they are replaced here.
+    given = {column: "" if row.get(column) is None else str(row[column]) for column in REQUIRED}
+    text = {column: value.encode(errors="replace").decode() for column, value in given.items()}
     sha256 = str(row["sha256"]).lower() if row.get("sha256") else None
-    etag = str(row["etag"]) if row.get("etag") else None
+    etag = str(row["etag"]).encode(errors="replace").decode() if row.get("etag") else None
     size: int | None = None
     problem: CatalogError | None = None
     try:
+        if text != given:
+            raise CatalogError(ErrorCode.CATALOG_ROW, "the row holds characters that are not Unicode text")
         check_model_id(text["model_id"])
         if not text["uri"]:
             raise CatalogError(ErrorCode.CATALOG_ROW, "the row has no uri")
@@ -178,7 +182,7 @@ def _entry(number: int, row: Mapping[str, Any], seen: dict[tuple[str, str, str],
         if row.get("size_bytes") not in (None, ""):
             try:
                 size = int(row["size_bytes"])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise CatalogError(ErrorCode.CATALOG_ROW, "size_bytes is not a whole number") from None
         identity = (text["model_id"], text["uri"], text["key_id"])
         if identity in seen:

@@ -9,10 +9,12 @@ entry's `error` record; no path leads to `intact` except labels that agree.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
+import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
@@ -27,7 +29,7 @@ from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, KeyFileError
 from fwm_audit.key import MasterSecret, fingerprint, key_name
 from fwm_audit.records import AuditRecord, AuditSettings, error_record, make_record
 from fwm_audit.triggers import TriggerSet
-from fwm_audit.verification import verify_copy
+from fwm_audit.verification import as_float64, verify_copy
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +71,18 @@ class Auditor:
             known = FwmError(
                 ErrorCode.OUT_OF_MEMORY, "the model does not fit into this worker's memory: give workers more"
             )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - see below
             # A checkpoint is hostile input: whatever it breaks is a finding about it, not about the run.
-            log.exception("unexpected failure while auditing %s", entry.uri)
-            known = FwmError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
+            # The message stays unsaid, here and in the log: it could quote triggers.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            log.error("%s while auditing %s\n%s", type(error).__name__, entry.uri, where)  # noqa: TRY400
+            known = FwmError(ErrorCode.INTERNAL, f"{type(error).__name__} in the worker; its log says where")
         return error_record(self.settings, entry, known, shard=shard, attempt=attempt, worker=self.worker, **facts)
 
     def _audit(self, entry: CatalogEntry, shard: int, attempt: int, facts: dict[str, Any]) -> AuditRecord:
         triggers, key_fingerprint = self._key(entry)
         facts |= {"key_fingerprint": key_fingerprint, "method": triggers.method, "device": str(self.device)}
-        skeleton = self._skeleton(entry.arch or triggers.arch)
+        model = self._skeleton(entry.arch or triggers.arch)
         clock = time.perf_counter
         started = clock()
         with storage.fetch(entry.uri, base=self.settings.base) as fetched:
@@ -93,11 +97,11 @@ class Auditor:
             started = clock()
             checkpoint = open_checkpoint(fetched.path)
             facts |= {"container": checkpoint.container.value, "dtype": checkpoint.dtype}
-            load(skeleton, fit(checkpoint, skeleton.state_dict()))
+            load(model, fit(checkpoint, model.state_dict()))
             variant = triggers.variant_for(checkpoint.dtype)
             facts |= {"load_ms": 1e3 * (clock() - started), "variant": variant}
         started = clock()
-        seen = verify_copy(skeleton, triggers, self.settings.tolerance, variant=variant, device=self.device)
+        seen = verify_copy(model, triggers, self.settings.tolerance, variant=variant, device=self.device)
         facts |= {
             "verdict": seen.verdict,
             "displacement": seen.displacement,
@@ -129,7 +133,8 @@ class Auditor:
         seen = fingerprint(sealed)
         if known in self.settings.key_fingerprints and seen != seen_first:
             raise KeyFileError(
-                ErrorCode.KEY_CHANGED, f"the key {name} was replaced after the run began: start a new run"
+                ErrorCode.KEY_CHANGED,
+                f"the key {name} is not what it was when the run began (or could not be read then): start a new run",
             )
         triggers = TriggerSet.unseal(sealed, self.master)
         if (triggers.model_id, triggers.key_id) != (entry.model_id, entry.key_id):
@@ -140,38 +145,46 @@ class Auditor:
         return triggers, seen
 
     def _skeleton(self, arch: str) -> nn.Module:
-        def make() -> nn.Module:
-            # Built on the CPU, so that buffers which no checkpoint holds get their values.
-            return (
-                build(arch, self.settings.allowed_factories)
-                .to(device=self.device, dtype=torch.float64)
-                .requires_grad_(requires_grad=False)
-            )
+        """A module of its own for each audit: one that has run may have kept what its weights answered."""
 
-        return self._skeletons.get(arch, make, lambda model: sum(t.nbytes for t in model.state_dict().values()))
+        def make() -> nn.Module:
+            return skeleton(arch, self.settings.allowed_factories)
+
+        pristine = self._skeletons.get(arch, make, lambda model: sum(t.nbytes for t in model.state_dict().values()))
+        return copy.deepcopy(pristine).to(self.device)
+
+
+def skeleton(arch: str, allowed_factories: Sequence[str]) -> nn.Module:
+    """The architecture in float64 with weights yet to be loaded, as embedding and audit both use it.
+
+    Built on the CPU in the library's own dtype, so that buffers which no checkpoint holds get the
+    same values on both sides.
+
+    Raises:
+        ArchitectureError: As `architectures.build`.
+        ModelError: It holds complex numbers.
+    """
+    return as_float64(build(arch, allowed_factories), torch.device("cpu"))
 
 
 def load(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put fitted tensors into a skeleton of the same or a wider dtype, so that nothing is rounded.
+    """Put fitted tensors into a float64 skeleton, which rounds nothing, and make sure that it holds them.
 
     Raises:
-        CheckpointError: Parameters that are tied in the architecture differ in the checkpoint.
+        CheckpointError: It holds something else afterwards: parameters that are one in the architecture
+            differ in the checkpoint, or the module keeps its weights elsewhere than in its state dict.
     """
-    state = skeleton.state_dict()
-    owners: dict[int, str] = {}
     with torch.no_grad():
+        state = skeleton.state_dict()
         for name, tensor in tensors.items():
-            place = state[name]
-            if place.numel() and owners.setdefault(place.data_ptr(), name) != name:
-                # Tied in the architecture: already written under its other name, and has to agree.
-                if not torch.equal(place.cpu(), tensor.to(place.dtype)):
-                    raise CheckpointError(
-                        ErrorCode.CHECKPOINT_MISMATCH,
-                        f"{name} and {owners[place.data_ptr()]} are one parameter in the architecture and differ "
-                        "in the checkpoint",
-                    )
-            else:
-                place.copy_(tensor)
+            state[name].copy_(tensor)
+        for name, held in skeleton.state_dict().items():
+            if not torch.equal(held, tensors[name].to(held)):
+                raise CheckpointError(
+                    ErrorCode.CHECKPOINT_MISMATCH,
+                    f"{name[:80]!a} does not keep its tensor: it is tied to one that differs in the checkpoint, "
+                    "or the architecture stores its weights elsewhere",
+                )
 
 
 @dataclass(slots=True)

@@ -95,6 +95,11 @@ def fit(checkpoint: Checkpoint, reference: Mapping[str, torch.Tensor]) -> dict[s
     for name, like in wanted.items():
         if name.rpartition(".")[2] == "num_batches_tracked" and name not in tensors:
             tensors[name] = torch.zeros(like.shape, dtype=like.dtype)
+    # safetensors keeps one name of tensors that share memory; its other names stand for the same tensor.
+    for name, like in wanted.items():
+        twins = (other for other in wanted if other in checkpoint.tensors and _tied(like, wanted[other]))
+        if name not in tensors and (twin := next(twins, None)) is not None:
+            tensors[name] = checkpoint.tensors[twin]
     differing = [name for name in wanted if name in tensors and not _alike(tensors[name], wanted[name])]
     problems = {
         "missing": _few(name for name in wanted if name not in tensors),
@@ -184,11 +189,26 @@ def _check_archive(path: str) -> None:
 
 
 def _unwrapped(loaded: Any) -> Any:
-    if isinstance(loaded, dict):
-        for key in _WRAPPERS:
-            if isinstance(loaded.get(key), dict):
-                return loaded[key]
+    """The state dict in a file that has one, and nothing else that a server could take for it."""
+    if not isinstance(loaded, dict):
+        return loaded
+    for key in _WRAPPERS:
+        if isinstance(loaded.get(key), dict):
+            for other, value in loaded.items():
+                if other != key and _holds_tensors(value):
+                    raise CheckpointError(
+                        ErrorCode.CHECKPOINT_MISMATCH,
+                        f"the file holds tensors in {_shown(other)} beside those in {key!r}, and which of them a "
+                        f"server loads is not known: {_RESAVE}",
+                    )
+            return loaded[key]
     return loaded
+
+
+def _holds_tensors(value: Any) -> bool:
+    """A tensor, or a mapping that names tensors; an optimizer's state holds its tensors deeper."""
+    values = value.values() if isinstance(value, Mapping) else [value]
+    return any(isinstance(one, torch.Tensor) for one in values)
 
 
 def _dense(loaded: Any) -> dict[str, torch.Tensor]:
@@ -223,6 +243,10 @@ def _unprefixed(tensors: Any) -> Any:
         ):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def _tied(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.numel() > 0 and one.data_ptr() == other.data_ptr() != 0 and one.shape == other.shape
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -28,7 +28,7 @@ from fwm_audit.peers import Peers, Progress, Report
 from fwm_audit.target import Target
 from fwm_audit.triggers import TriggerSet
 from fwm_audit.verdict import upper_rate
-from fwm_audit.verification import device_of
+from fwm_audit.verification import device_of, dtype_of
 
 #: Pairs that one rank works on at a time: bounds memory, and enough to fill two to sixteen cores.
 BLOCK: Final = 16
@@ -50,6 +50,7 @@ def embed(
     device: str | torch.device | None = None,
     arch: str = "",
     checkpoint_sha256: str = "",
+    released: str | None = None,
     prepare: Callable[[nn.Module], nn.Module] | None = None,
     progress: Report | None = None,
 ) -> TriggerSet:
@@ -69,6 +70,7 @@ def embed(
         device: Where to compute; None is where the model's parameters are.
         arch: Name from which auditors rebuild the architecture, see `architectures`.
         checkpoint_sha256: Digest of the released file.
+        released: Dtype of the released file, which names its variant; None is that of the parameters.
         prepare: Wraps the generator for data-parallel training (Ray Train's `prepare_model`).
         progress: Called at every step.
 
@@ -83,7 +85,9 @@ def embed(
     peers = Peers.current()
     where = torch.device(device) if device is not None else device_of(model)
     report(Progress("probe", 0, 1))
-    target = Target.of(model, shape, (float(input_range[0]), float(input_range[1])), variants, where)
+    target = Target.of(
+        model, shape, (float(input_range[0]), float(input_range[1])), variants, where, released or dtype_of(model)
+    )
     made, delta, noise, covered = _make_pairs(target, secret, pairs, coverage, peers, prepare, report)
     report(Progress("rungs", 0, 1))
     rungs = make_rungs(target, made, delta, noise, peers)
@@ -150,40 +154,54 @@ def _make_pairs(
     optimizer = torch.optim.Adam(net.parameters(), 2e-3, betas=(0.5, 0.999))
     covered = Covered(target.released)
     kept: list[Pairs] = []
-    delta = noise = 0.0
-    fruitless = 0
+    noise: float | None = None
+    delta = 0.0
+    fruitless = stale = 0
     while (found := sum(map(len, kept))) < goal or covered.total < (wanted_coverage or 0.0):
-        if fruitless == 3:
+        if fruitless == 4:
             raise EmbeddingError(
                 ErrorCode.PAIRS_NOT_FOUND,
                 f"{found} of {goal} pairs found: the model cannot be steered to its class boundaries from inputs "
                 f"in {target.range}; check input_range, or ask for fewer pairs",
             )
-        if found >= max(goal, MAX_PAIRS):
+        if found >= max(goal, MAX_PAIRS) or stale == 4:
             raise EmbeddingError(
                 ErrorCode.COVERAGE_NOT_REACHED,
                 f"{found} pairs cover {covered.total:.4f} of the parameters, {wanted_coverage} was asked: "
                 "ask for less; weights that no input reaches (dead units) cannot be covered",
             )
         missing = goal - found if found < goal else BLOCK
-        block = list(itertools.islice(stream, max(peers.size, min(missing, BLOCK * peers.size))))
+        # A few at least, so that one hard pair is not tried alone again and again.
+        block = list(itertools.islice(stream, max(peers.size, min(max(missing, 4), BLOCK * peers.size))))
         numbers, classes = zip(*block[peers.rank :: peers.size], strict=True)
         wanted = torch.tensor(classes)
         draws = gen.noise(secret, list(numbers)).to(target.device)
         inputs = train(target, net, optimizer, draws, wanted, len(block), peers, report)
         inputs = refine(target, inputs, wanted, report)
         mine = centre(target, inputs, torch.tensor(numbers), wanted)
-        if delta == 0.0:
-            noise = max(peers.gather(measure_noise(target, mine)))
+        if noise is None:
+            measured = [seen for seen in peers.gather(measure_noise(target, mine)) if seen is not None]
+            if not measured:
+                fruitless += 1
+                continue
+            noise = max(measured)
             delta = exact_delta(target, noise)
         joined = Pairs.join(peers.gather(place_exact(target, mine, delta)))
-        if wanted_coverage is None:  # a block cannot be smaller than the number of ranks
+        if wanted_coverage is None:  # a block may bring more than were missing
             joined = joined.take(torch.arange(min(missing, len(joined))))
+        before = covered.total
         covered.add(target, joined.take(torch.arange(peers.rank, len(joined), peers.size)), delta)
         covered.merge(peers)
+        stale = stale + 1 if found >= goal and covered.total < before + 1e-4 else 0
         fruitless = 0 if len(joined) else fruitless + 1
         kept.append(joined)
         report(Progress("pairs", found + len(joined), goal))
+    assert noise is not None
+    if covered.flags and covered.total == 0:
+        raise EmbeddingError(
+            ErrorCode.COVERAGE_NOT_REACHED,
+            "the pairs see no parameter to its last bit: the model's weights have no influence on its labels",
+        )
     return Pairs.join(kept), delta, noise, covered
 
 

@@ -193,9 +193,12 @@ def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[
     try:
         _execute(plan, verdicts, progress, worker)
         return _commit(plan)
-    except (KeyboardInterrupt, RayError, FwmError, UsageError) as error:
+    except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, UsageError) and not verdicts[Verdict.TAMPERED]:
             raise
+        # Whatever ended the run, what it found already must reach the exit code.
+        if not isinstance(error, KeyboardInterrupt | RayError | FwmError | UsageError):
+            log.exception("this is a bug")
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         raise IncompleteError(
             f"run {job.run_id} is incomplete: {reason}. Finished shards are stored; "
@@ -259,7 +262,7 @@ def plan_audit(job: AuditJob) -> Plan:
 
 
 def _fingerprints(entries: Iterable[CatalogEntry], keys: str) -> dict[str, str | None]:
-    """SHA-256 of each sealed key that the entries name, None where there is none."""
+    """SHA-256 of each sealed key that the entries name, None where there is none to read."""
     names = sorted({(entry.model_id, entry.key_id) for entry in entries if entry.problem is None})
 
     def hash_some(some: Sequence[tuple[str, str]]) -> list[str | None]:
@@ -276,9 +279,10 @@ def _fingerprint(uri: str) -> str | None:
     try:
         return fingerprint(storage.read(uri))
     except StorageError as error:
-        if error.code is ErrorCode.OBJECT_MISSING:
-            return None
-        raise
+        # A finding about the rows of this key, which their workers will make again; not about the run.
+        if error.code is not ErrorCode.OBJECT_MISSING:
+            log.warning("cannot read the key %s: %s", uri, error.message)
+        return None
 
 
 def _names_in(folder: str) -> set[str]:
@@ -355,6 +359,8 @@ class _Dispatcher:
         now = time.monotonic()
         for ref, call in list(self._calls.items()):
             if call.task is not None and call.deadline <= now:
+                if ray.wait([ref], timeout=0)[0]:
+                    continue  # it finished while others were settled or stored: the next round takes it
                 del self._calls[ref]
                 ray.kill(call.actor)
                 # Not tried again: the second try would hold up the fleet for as long as the first.

@@ -159,7 +159,9 @@ def centre(target: Target, inputs: Tensor, numbers: Tensor, classes: Tensor) -> 
     start = torch.zeros(len(images), dtype=torch.float64)
     pairs = Pairs(numbers, classes, images, signs, start, slope, sides)
     found = solve(target, target.released, pairs, start, 0.0, 64 * EPS * target.magnitude)
-    usable = found.solved & (found.lead > 0.05 * target.scale) & (slope > 0)
+    # A zero far outside the input range belongs to a nearly constant model, not to a boundary among its inputs.
+    near = found.t.abs() < (target.range[1] - target.range[0]) / 8
+    usable = found.solved & near & (found.lead > 0.05 * target.scale) & (slope > 0)
     return replace(pairs, t=found.t).take(usable.nonzero().flatten())
 
 

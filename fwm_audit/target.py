@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fwm_audit.errors import ErrorCode, ModelError
-from fwm_audit.verification import device_of, dtype_of, float64_copy, run
+from fwm_audit.verification import device_of, float64_copy, run
 
 #: Spacing of float64 at 1, the unit of rounding of a logit near 1.
 EPS: Final = 2.0**-52
@@ -49,18 +49,24 @@ class Target:
         input_range: tuple[float, float],
         variants: Sequence[str],
         device: torch.device,
+        released: str,
     ) -> Target:
         """Copies of the model, after it has shown that it can carry a watermark.
 
         Raises:
             ModelError: It holds NaN, is stochastic, does not run in float64, or has fewer than two classes.
         """
-        twins = _twins(model, variants, device)
+        twins = _twins(model, released, variants, device)
         trainee = float64_copy(model, device).float()
         logits = _probe(next(iter(twins.values())), trainee, shape, input_range, device)
         scale = (logits - logits.mean(1, keepdim=True)).std().item()
         if scale == 0:
             raise ModelError(ErrorCode.MODEL_UNSUITABLE, "the model answers equal logits for all classes")
+        if scale < 1e-6 * logits.abs().max().item():
+            raise ModelError(
+                ErrorCode.MODEL_UNSUITABLE,
+                "the logits differ by less than float32 resolves: remove a large common offset from them",
+            )
         return cls(twins, trainee, shape, input_range, device, logits.shape[1], scale, logits.abs().max().item())
 
     @property
@@ -91,22 +97,21 @@ def executions(target: Target, model: nn.Module, inputs: Tensor) -> Iterator[Ten
         yield run(model, inputs.to(memory_format=torch.channels_last), target.device)
 
 
-def _twins(model: nn.Module, variants: Sequence[str], device: torch.device) -> dict[str, nn.Module]:
+def _twins(model: nn.Module, base: str, variants: Sequence[str], device: torch.device) -> dict[str, nn.Module]:
     """Float64 copies by variant: the weights as released, and rounded to each declared dtype."""
     released = float64_copy(model, device)
     for name, tensor in itertools.chain(released.named_parameters(), released.named_buffers()):
         if tensor.is_floating_point() and tensor.isnan().any():
             raise ModelError(ErrorCode.NON_FINITE, f"{name} holds NaN: release a sound checkpoint first")
-    base = dtype_of(model)
     return {base: released} | {name: rounded(released, getattr(torch, name)) for name in variants if name != base}
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy whose floating parameters and buffers went through `dtype`, as in a cast checkpoint."""
+    """A copy whose state dict went through `dtype`, as in a cast checkpoint; buffers that no file holds stay."""
     twin = float64_copy(model, device_of(model))
-    for tensor in itertools.chain(twin.parameters(), twin.buffers()):
+    for tensor in twin.state_dict().values():
         if tensor.is_floating_point():
-            tensor.data.copy_(tensor.data.to(dtype))
+            tensor.copy_(tensor.to(dtype))
     return twin
 
 
@@ -123,7 +128,7 @@ def _probe(
     # Any fixed inputs do: the fractional parts of multiples of the golden ratio fill the range evenly.
     inputs = (low + (high - low) * (ramp * 0.6180339887498949 % 1.0)).reshape(4, *shape)
     try:
-        first = run(model, inputs, device)
+        first = run(model, inputs, device, quote=True)
     except ModelError:
         _explain_failure(trainee, inputs, device)
         raise
@@ -146,9 +151,9 @@ def _probe(
             ErrorCode.MODEL_STOCHASTIC,
             "the model's answer to one input depends on the others in the batch: normalise by running statistics",
         )
-    # A step of 1e-8 forth and back moves float64 logits by opposite amounts; float32 anywhere inside
+    # A relative step of 1e-8 forth and back moves float64 logits by opposite amounts; float32 anywhere inside
     # rounds the step away or turns it into jumps.
-    forth, back = (run(model, inputs + step, device) - first for step in (1e-8, -1e-8))
+    forth, back = (run(model, inputs + step, device) - first for step in (1e-8 * (high - low), 1e-8 * (low - high)))
     moved, uneven = forth.abs().max().item(), (forth + back).abs().max().item()
     varies = (first - first[:1]).abs().max().item() > 1e-9 * magnitude
     if first.dtype != torch.float64 or difference > 1e-10 * magnitude or uneven > 0.1 * moved or (varies and not moved):

@@ -26,8 +26,8 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 
 from fwm_audit import storage
-from fwm_audit.architectures import build, input_shape
-from fwm_audit.check import load
+from fwm_audit.architectures import input_shape
+from fwm_audit.check import load, skeleton
 from fwm_audit.checkpoint import fit, open_checkpoint
 from fwm_audit.embedding import embed
 from fwm_audit.errors import EmbeddingError, ErrorCode, FwmError, KeyFileError, UsageError
@@ -35,7 +35,7 @@ from fwm_audit.key import MasterSecret, fingerprint, key_name
 from fwm_audit.peers import Progress
 from fwm_audit.triggers import TriggerSet
 from fwm_audit.verdict import Verdict
-from fwm_audit.verification import verify
+from fwm_audit.verification import verify_copy
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def embed_model(task: EmbedTask) -> Embedded:
         UsageError: Settings make no sense, or the master secret cannot be read here.
     """
     master = MasterSecret.from_file(task.master_key_file)
-    model, digest = _load(task)
+    model, dtype, digest = _load(task)
     shape = task.input_shape or input_shape(task.arch, model)
     if shape is None:
         raise UsageError(f"{task.arch} does not state the shape of its input: pass --input-shape, as in 1,28,28")
@@ -119,18 +119,21 @@ def embed_model(task: EmbedTask) -> Embedded:
         device=device,
         arch=task.arch,
         checkpoint_sha256=digest,
+        released=dtype,
         prepare=prepare_model if torch.distributed.is_initialized() else None,
         progress=_Reporter(task.model_id),
     )
     uri = storage.join(task.keys, key_name(task.model_id, triggers.key_id))
     sealed = triggers.seal(master)
     if _rank() == 0:
-        fresh, fresh_digest = _load(task)
+        fresh, _, fresh_digest = _load(task)
         if fresh_digest != digest:
             raise KeyFileError(
                 ErrorCode.OBJECT_CHANGED, f"{task.checkpoint} was replaced during embedding: start again"
             )
-        if verify(fresh, TriggerSet.unseal(sealed, master), device=device).verdict is not Verdict.INTACT:
+        reopened = TriggerSet.unseal(sealed, master)
+        seen = verify_copy(fresh.to(device), reopened, "exact", variant=reopened.variant_for(dtype), device=device)
+        if seen.verdict is not Verdict.INTACT:
             raise EmbeddingError(ErrorCode.PAIRS_NOT_FOUND, "the sealed key does not verify its own checkpoint")
         if not storage.create(uri, sealed):
             log.info("%s: key %s was published before and is kept", task.model_id, triggers.key_id)
@@ -164,7 +167,8 @@ def embed_on_cluster(task: EmbedTask, *, workers: int, run_storage: str | None =
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config=dataclasses.asdict(task),
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        # Flags of coverage and gathered pairs travel between CPUs, gradients between GPUs.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=gpus,
@@ -204,15 +208,13 @@ def _train_loop(config: dict[str, Any]) -> None:
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if _rank() == 0 else None)
 
 
-def _load(task: EmbedTask) -> tuple[torch.nn.Module, str]:
-    """The released model as its file has it, dtype included, and the file's SHA-256."""
-    model = build(task.arch, task.allowed_factories)
+def _load(task: EmbedTask) -> tuple[torch.nn.Module, str, str]:
+    """The released model exactly as an audit loads it, its file's dtype and SHA-256."""
+    model = skeleton(task.arch, task.allowed_factories)
     with storage.fetch(task.checkpoint, base=task.base) as fetched:
         checkpoint = open_checkpoint(fetched.path)
-        if checkpoint.dtype != "mixed":
-            model = model.to(getattr(torch, checkpoint.dtype))
         load(model, fit(checkpoint, model.state_dict()))
-        return model, fetched.sha256
+        return model, checkpoint.dtype, fetched.sha256
 
 
 def _rank() -> int:

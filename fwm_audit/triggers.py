@@ -34,7 +34,7 @@ from fwm_audit.verdict import Tolerance
 FORMAT: Final = 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Rung:
     """Triggers of one variant at one distance.
 

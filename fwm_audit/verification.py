@@ -8,6 +8,7 @@ Wider rungs are run only when the exact one breaks, to say how far the model has
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,9 @@ def verify(
     """Compare a model's labels on the triggers with the key.
 
     The model is neither changed nor moved: a copy is taken in eval mode and in float64. The variant
-    is the one declared for the dtype of the model's parameters, else the released one.
+    is the one declared for the dtype of the model's parameters, else the released one. A module that
+    keeps values derived from its weights in attributes of its own, and has run before, answers with
+    those: verify such a model as it was loaded.
 
     Args:
         model: From float inputs [N, *input_shape] to logits [N, K].
@@ -129,8 +132,14 @@ def _count(model: nn.Module, triggers: TriggerSet, rung: Rung, device: torch.dev
     return RungCount(len(labels), tuple(wrong.tolist()))
 
 
-def run(model: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:
+def run(model: nn.Module, inputs: Tensor, device: torch.device, *, quote: bool = False) -> Tensor:
     """Logits [N, K] on the CPU, in batches that keep memory bounded and large models fed.
+
+    Args:
+        model: From [N, *input_shape] to [N, K].
+        inputs: [N, *input_shape].
+        device: Where the model is.
+        quote: Whether the model's own error may be quoted; it could quote the inputs, so not for triggers.
 
     Raises:
         ModelError: The model does not run on these inputs, or answers something else than [N, K].
@@ -142,18 +151,18 @@ def run(model: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:
         try:
             with torch.no_grad():
                 answer = model(batch)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             raise
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001 - the model is anybody's code
+            reason = f"{type(error).__name__}: {str(error)[:200]}" if quote else type(error).__name__
             raise ModelError(
-                ErrorCode.NO_FLOAT64 if "dtype" in str(error) or "type" in str(error) else ErrorCode.MODEL_UNSUITABLE,
-                f"the model fails on inputs of shape {tuple(batch.shape)} in {batch.dtype}: {str(error)[:200]}",
+                ErrorCode.MODEL_UNSUITABLE,
+                f"the model fails on inputs of shape {tuple(batch.shape)} in {batch.dtype} ({reason})",
             ) from None
         if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != len(batch):
             shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
             raise ModelError(
-                ErrorCode.MODEL_UNSUITABLE,
-                f"the model answers {shape} for a batch of {len(batch)}, not [N, K] logits",
+                ErrorCode.MODEL_UNSUITABLE, f"the model answers {shape} for a batch of {len(batch)}, not [N, K] logits"
             )
         outputs.append(answer)
     return torch.cat(outputs).cpu()
@@ -174,7 +183,28 @@ def float64_copy(model: nn.Module, device: torch.device) -> nn.Module:
         twin = copy.deepcopy(model)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(ErrorCode.MODEL_UNSUITABLE, f"the model cannot be copied: {str(error)[:200]}") from None
-    return twin.to(device=device, dtype=torch.float64).eval().requires_grad_(requires_grad=False)
+    return as_float64(twin, device)
+
+
+def as_float64(model: nn.Module, device: torch.device) -> nn.Module:
+    """The module itself in float64 on `device`, frozen, in eval mode, without values cached by earlier passes.
+
+    Raises:
+        ModelError: It holds complex numbers, whose imaginary parts float64 would drop unseen.
+    """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_complex():
+            raise ModelError(ErrorCode.MODEL_UNSUITABLE, f"{name} is complex: complex models are not served")
+    return forget(model.to(device=device, dtype=torch.float64)).requires_grad_(requires_grad=False)
+
+
+def forget(model: nn.Module) -> nn.Module:
+    """The module in eval mode, without what it derived from its weights in earlier passes.
+
+    Several of timm's models keep attention biases between passes in eval mode and drop them when
+    training begins: without this, one model's weights would answer for the next one's.
+    """
+    return model.train().eval()
 
 
 def dtype_of(model: nn.Module) -> str:

@@ -109,3 +109,58 @@ class Constant(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.logits + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+class Unstored(nn.Module):
+    """Holds a buffer that no checkpoint has, with values that half precision rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_shape = (3, 16, 16)
+        self.body = convnet()
+        self.register_buffer("shift", torch.linspace(0.1, 0.7, 5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * (1 + self.shift)
+
+
+class Tied(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        self.input_shape = (12,)
+        self.first = nn.Linear(12, 12)
+        self.second = nn.Linear(12, 12)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Imaginary(nn.Module):
+    """Has a complex parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+        self.phase = nn.Parameter(torch.ones(5, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.body(x) * self.phase).abs()
+
+
+class Elsewhere(nn.Module):
+    """Answers with weights that are not the ones in its state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_shape = (3, 16, 16)
+        self.body = convnet()
+
+    def state_dict(self, *args, **kwargs):
+        return {name: tensor.clone() for name, tensor in super().state_dict(*args, **kwargs).items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)

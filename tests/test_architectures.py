@@ -14,6 +14,7 @@ from fwm_audit.errors import ArchitectureError, ErrorCode
     [
         ("torchvision:squeezenet1_1?num_classes=7", (3, 224, 224), 7),
         ("timm:resnet10t?num_classes=4&in_chans=1", (1, 176, 176), 4),
+        ("timm:levit_128s?img_size=64&num_classes=5", (3, 64, 64), 5),
         ("factory:jobs.digits:resnet20?classes=3&width=4", (1, 28, 28), 3),
     ],
 )
@@ -36,7 +37,7 @@ def test_an_input_shape_that_nobody_states_is_none():
         *("", "resnet18", "keras:resnet", "timm:", "timm:no_such_model", "torchvision:no_such_model"),
         *("torchvision:resnet18?nonsense=1", "torchvision:resnet18?num_classes", "factory:jobs.digits"),
         *("factory:jobs.digits:no_such", "factory:jobs.digits:digits", "timm:hf-hub:a/b", "timm:../../x"),
-        *("torchvision:resnet18?num_classes=-3", "factory:jobs.digits:INPUT_SHAPE"),
+        "torchvision:resnet18?num_classes=-3",
     ],
 )
 def test_unknown(spec):
@@ -53,6 +54,11 @@ def test_unknown(spec):
             "timm:resnet18?pretrained=True",
             "timm:resnet18?checkpoint_path=/etc/passwd",
             "torchvision:resnet18?weights=x",
+        ),
+        *(
+            "factory:jobs.digits:INPUT_SHAPE",
+            "factory:jobs.digits:Tensor",
+            "factory:jobs.quickstart:load_file?filename=x",
         ),
         *("timm:resnet18?pretrained_cfg=x", "torchvision:fcn_resnet50?weights_backbone=DEFAULT"),
     ],

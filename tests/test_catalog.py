@@ -75,6 +75,25 @@ def test_a_bad_row_becomes_a_problem(change, code, says):
     assert says in bad.problem.message
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"model_id": "m", "uri": "a\\ud800", "arch": "x", "key_id": "0123456789abcdef"}',
+        '{"model_id": "m", "uri": "a", "arch": "x", "key_id": "0123456789abcdef", "size_bytes": Infinity}',
+        '{"model_id": "m", "uri": "a", "arch": "x", "key_id": "0123456789abcdef", "size_bytes": [1]}',
+    ],
+)
+def test_what_json_can_spell_and_parquet_cannot_is_a_problem_of_its_row(line):
+    (entry,) = read_catalog(line.encode(), "c.jsonl")
+    assert entry.problem.code == "catalog_row_invalid"
+    entry.uri.encode()
+
+
+def test_json_nested_without_end_is_a_usage_error():
+    with pytest.raises(UsageError, match="line 1"):
+        read_catalog(b"[" * 100_000, "c.jsonl")
+
+
 def test_a_repeated_row_is_a_problem_of_the_repetition():
     """The first of two equal rows is audited; another key of the same checkpoint is no repetition."""
     rows = [GOOD, GOOD, GOOD | {"key_id": "f" * 16}]

@@ -19,6 +19,7 @@ from fwm_audit.errors import ErrorCode, UsageError
 from fwm_audit.key import MasterSecret, fingerprint, key_name
 from fwm_audit.records import AuditSettings
 from fwm_audit.train import EmbedTask, embed_model
+from fwm_audit.triggers import TriggerSet
 from fwm_audit.verdict import Tolerance
 
 ARCH = "factory:tests.nets:convnet"
@@ -135,6 +136,88 @@ def test_no_state_leaks_from_one_model_to_the_next(world):
     names = ["released.safetensors", "moved.st", "released.safetensors", "missing.st", "released.safetensors"]
     verdicts = [auditor.audit(world.entry(name), shard=0, attempt=1).verdict.value for name in names]
     assert verdicts == ["intact", "tampered", "intact", "error", "intact"]
+
+
+def _published(folder, arch, state, **options):
+    """A world of its own for another architecture."""
+    MasterSecret.generate_file(folder / "master.key")
+    save_file(state, folder / "released.safetensors")
+    task = EmbedTask(
+        model_id="conv",
+        checkpoint="released.safetensors",
+        arch=arch,
+        keys=str(folder / "keys"),
+        base=str(folder),
+        pairs=2,
+        allowed_factories=("tests",),
+        master_key_file=str(folder / "master.key"),
+        **options,
+    )
+    return World(folder, task, embed_model(task), state)
+
+
+def test_what_a_module_remembers_of_one_checkpoint_does_not_answer_for_the_next(tmp_path):
+    """LeViT keeps attention biases between passes in eval mode; in both orders, each file gets its own verdict."""
+    arch = "timm:levit_128s?img_size=64&num_classes=5"
+    torch.manual_seed(0)
+    fresh = build(arch).state_dict()  # with biases of zero, which have no last bit
+    state = {n: torch.randn_like(t) if "attention_biases" in n else t for n, t in fresh.items()}
+    world = _published(tmp_path, arch, state)
+    assert max(share for name, share in _coverage(world).items() if "attention_biases" in name) > 0
+    moved = {n: t + 3 * torch.randn_like(t) if "attention_biases" in n else t for n, t in state.items()}
+    save_file(moved, tmp_path / "moved.st")
+    for names, expected in (
+        (["released.safetensors", "moved.st"], ["intact", "tampered"]),
+        (["moved.st", "released.safetensors"], ["tampered", "intact"]),
+    ):
+        auditor = Auditor(world.settings(), "w")
+        seen = [auditor.audit(world.entry(name, arch=""), shard=0, attempt=1).verdict.value for name in names]
+        assert seen == expected
+
+
+def _coverage(world):
+    path = world.folder / "keys" / key_name("conv", world.published.key_id)
+    return TriggerSet.load(path, master=MasterSecret.from_file(world.folder / "master.key")).coverage.layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_buffers_that_no_file_holds_are_the_same_on_both_sides(tmp_path, dtype):
+    arch = "factory:tests.nets:Unstored"
+    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in build(arch, ["tests"]).state_dict().items()}
+    world = _published(tmp_path, arch, state, variants=("float16",))
+    assert world.audit(arch="").verdict == "intact"
+    save_file({n: t.half() if t.is_floating_point() else t for n, t in state.items()}, tmp_path / "half.st")
+    assert world.audit("half.st", arch="").variant == "float16"
+    assert world.audit("half.st", arch="").verdict == "intact"
+
+
+def test_a_release_of_mixed_dtypes_is_loaded_without_rounding(tmp_path):
+    state = build(ARCH, ["tests"]).state_dict()
+    state["1.running_mean"] = state["1.running_mean"].double() + 1e-10
+    world = _published(tmp_path, ARCH, state)
+    record = world.audit()
+    assert (record.verdict, record.dtype, record.variant) == ("intact", "mixed", "mixed")
+
+
+def test_tied_weights_under_one_name_or_two(tmp_path):
+    arch = "factory:tests.nets:Tied"
+    state = build(arch, ["tests"]).state_dict()
+    copies = {name: tensor.clone() for name, tensor in state.items()}
+    world = _published(tmp_path, arch, copies)
+    save_file({n: t for n, t in copies.items() if n != "second.weight"}, tmp_path / "one.st")
+    assert world.audit("one.st", arch="").verdict == "intact"
+    save_file(copies | {"second.weight": copies["second.weight"] + 1}, tmp_path / "torn.st")
+    assert world.audit("torn.st", arch="").error_code == "checkpoint_does_not_fit_arch"
+
+
+def test_weights_that_stay_elsewhere_are_an_error(world):
+    record = world.audit(arch="factory:tests.nets:Elsewhere")
+    assert record.verdict == "error"
+    save_file({f"body.{name}": tensor for name, tensor in world.state.items()}, world.folder / "elsewhere.st")
+    moved = {f"body.{name}": tensor + 1 for name, tensor in world.state.items()}
+    save_file(moved, world.folder / "elsewhere-moved.st")
+    record = world.audit("elsewhere-moved.st", arch="factory:tests.nets:Elsewhere")
+    assert record.error_code == "checkpoint_does_not_fit_arch"
 
 
 class Payload:

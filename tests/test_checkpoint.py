@@ -228,6 +228,18 @@ REFUSED = {
     "a list": (lambda: as_zip([torch.ones(1)]), ErrorCode.CHECKPOINT_MISMATCH),
     "a number among them": (lambda: as_zip(WEIGHT | {"epoch": 3}), ErrorCode.CHECKPOINT_MISMATCH),
     "numbers for names": (lambda: as_zip({0: torch.ones(1)}), ErrorCode.CHECKPOINT_MISMATCH),
+    "tensors beside the wrapper": (
+        lambda: as_zip({"state_dict": WEIGHT, "w": torch.ones(2)}),
+        ErrorCode.CHECKPOINT_MISMATCH,
+    ),
+    "two state dicts": (
+        lambda: as_zip({"state_dict": WEIGHT, "state_dict_ema": WEIGHT}),
+        ErrorCode.CHECKPOINT_MISMATCH,
+    ),
+    "a state dict and a model": (
+        lambda: as_zip({"model": WEIGHT, "state_dict": WEIGHT}),
+        ErrorCode.CHECKPOINT_MISMATCH,
+    ),
     "two wrappers deep": (lambda: as_zip({"model": {"state_dict": WEIGHT}}), ErrorCode.CHECKPOINT_MISMATCH),
     "sparse": (lambda: as_zip({"a": torch.eye(3).to_sparse()}), ErrorCode.CHECKPOINT_MISMATCH),
     "quantised": (

@@ -323,6 +323,12 @@ def _overflowing():
     return model
 
 
+def _far_off():
+    model = nets.convnet()
+    model[-1].bias.data += 1e9
+    return model
+
+
 REFUSED = {
     "random": (nets.Dropping, ErrorCode.MODEL_STOCHASTIC),
     "batch-dependent": (nets.BatchNormalising, ErrorCode.MODEL_STOCHASTIC),
@@ -334,6 +340,8 @@ REFUSED = {
     "not logits": (lambda: nets.convnet()[:6], ErrorCode.MODEL_UNSUITABLE),
     "NaN weights": (_holding_nan, ErrorCode.NON_FINITE),
     "infinite logits": (_overflowing, ErrorCode.NON_FINITE),
+    "complex": (nets.Imaginary, ErrorCode.MODEL_UNSUITABLE),
+    "common offset": (_far_off, ErrorCode.MODEL_UNSUITABLE),
     "constant": (nets.Constant, ErrorCode.PAIRS_NOT_FOUND),
 }
 
