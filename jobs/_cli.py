@@ -62,7 +62,11 @@ def run(app: typer.Typer) -> None:
 
 def emit(**values: Any) -> None:
     """Print the closing line of standard output: one JSON object for whoever called."""
-    print(json.dumps(values), flush=True)
+    try:
+        print(json.dumps(values), flush=True)
+    except BrokenPipeError:
+        # Nobody reads. The exit code still has to tell, and typer's for this error would mean "tampered".
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -342,6 +342,12 @@ def test_storage_that_fails_leaves_a_run_to_resume(models, monkeypatch):
     assert len(models.calls) == 12
 
 
+def test_a_model_that_finished_while_the_driver_was_busy_is_no_timeout(models):
+    """Slow storage or a slow terminal holds up the driver beyond the limit, never a verdict."""
+    job = models.job(["ok"] * 5, timeout_s=1.0, actors=2)
+    assert run_audit(job, progress=lambda *_: time.sleep(1.5), worker=Worker).verdicts["intact"] == 5
+
+
 def test_a_dry_run_writes_nothing(models):
     """The plan says what is left and leaves no trace."""
     plan = plan_audit(models.job(["ok", "no-key"] * 5))

@@ -182,6 +182,18 @@ def test_wrong_use_is_one_sentence_and_exit_code_2(arguments, advice, tmp_path, 
     assert "Traceback" not in done.stderr
 
 
+def test_a_closed_standard_output_does_not_read_as_tampered(tmp_path):
+    (tmp_path / "c.csv").write_text("model_id,uri,arch,key_id\nm,u,timm:x,0123456789abcdef\n")
+    command = ("jobs.audit", "--catalog", str(tmp_path / "c.csv"), "--keys", "k", "--out", str(tmp_path), "--dry-run")
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([sys.executable, "-m", *command], stdout=writing, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(writing)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.ray
 def test_a_model_that_cannot_be_watermarked_is_one_sentence_and_exit_code_3(secret, tmp_path):
     code, closing, said = job(
