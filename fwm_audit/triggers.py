@@ -7,8 +7,6 @@ A mirrored pair is one 8-bit image, one sign mask and, for each rung, two float6
 
 a table look-up, an exact product and one IEEE addition for each element, so every machine and
 device rebuilds the same bits. Side 0 must get the label `classes[:, 0]`, side 1 `classes[:, 1]`.
-
-`method="yin2022"` has no such form; its float32 inputs are stored as they are.
 """
 
 from __future__ import annotations
@@ -41,9 +39,9 @@ class Rung:
     Attributes:
         variant: Which form of the model they were made on: a dtype of its weights, `float32` say.
         name: `exact`, `float32` or `half`.
-        delta: Distance from the boundary, in logits (mirror); 0 where the method sets none.
+        delta: Distance from the boundary, in logits.
         noise: Largest difference of a logit gap that benign execution made at embedding, in logits.
-        dtype: Arithmetic in which the labels are taken: `float64` or `float32`.
+        dtype: Arithmetic in which the labels are taken: `float64`.
         index: int64 [p], which pairs of the set stand on this rung.
         t: float64 [p, 2], the scalar of each side.
     """
@@ -82,7 +80,6 @@ class TriggerSet:
         images: uint8 [P, *input_shape].
         signs: bool [P, *input_shape], True for +1.
         classes: int64 [P, 2], the labels of the two sides.
-        inputs: float32 [P, 2, *input_shape], for methods without the compact form; then `images` is empty.
         rungs: By variant and distance; the first is the exact rung of the model as released.
         flip_rate: Upper 95 % bound on a label's flip by numeric noise, from `benign` comparisons with none.
         environment: Versions and devices at embedding.
@@ -100,7 +97,6 @@ class TriggerSet:
     classes: Tensor
     images: Tensor
     signs: Tensor
-    inputs: Tensor | None = None
     rungs: tuple[Rung, ...]
     coverage: Coverage
     flip_rate: float
@@ -131,18 +127,16 @@ class TriggerSet:
     def nbytes(self) -> int:
         """Memory held, in bytes."""
         held = [self.images, self.signs, self.classes, *(rung.t for rung in self.rungs)]
-        return sum(tensor.nbytes for tensor in held) + (self.inputs.nbytes if self.inputs is not None else 0)
+        return sum(tensor.nbytes for tensor in held)
 
     def materialise(self, rung: Rung) -> tuple[Tensor, Tensor]:
         """The triggers of one rung.
 
         Returns:
-            Inputs [2p, *input_shape] in the rung's dtype, both sides of a pair next to each other,
+            Inputs float64 [2p, *input_shape], both sides of a pair next to each other,
             and labels int64 [2p].
         """
         labels = self.classes[rung.index].reshape(-1)
-        if self.inputs is not None:
-            return self.inputs[rung.index].flatten(0, 1).to(getattr(torch, rung.dtype)), labels
         images, signs = self.images[rung.index], self.signs[rung.index]
         sides = [place(images, signs, rung.t[:, side], self.input_range) for side in (0, 1)]
         return torch.stack(sides, 1).flatten(0, 1), labels
@@ -203,8 +197,6 @@ class TriggerSet:
             "images": self.images,
             "signs": torch.from_numpy(np.packbits(self.signs.flatten(1).numpy(), axis=1)),
         }
-        if self.inputs is not None:
-            tensors["inputs"] = self.inputs
         for number, rung in enumerate(self.rungs):
             tensors[f"rung.{number}.index"] = rung.index.to(torch.int32)
             tensors[f"rung.{number}.t"] = rung.t
@@ -244,7 +236,6 @@ class TriggerSet:
                 "classes": tensors["classes"].long(),
                 "images": tensors["images"],
                 "signs": torch.from_numpy(signs).bool().reshape(len(packed), *shape),
-                "inputs": tensors.get("inputs"),
                 "rungs": rungs,
                 "coverage": Coverage(**meta["coverage"]),
             }

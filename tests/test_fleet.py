@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,7 +23,7 @@ from fwm_audit import fleet, storage
 from fwm_audit.catalog import CatalogEntry, write_catalog
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, UsageError
 from fwm_audit.fleet import AuditJob, AuditWorker, IncompleteError, plan_audit
-from fwm_audit.records import AuditRecord, AuditSettings, error_record, from_parquet, to_parquet
+from fwm_audit.records import AuditRecord, AuditSettings, error_record, from_parquet, make_record, to_parquet
 from fwm_audit.verdict import Displacement, Tolerance, Verdict
 from jobs.audit import exit_code
 
@@ -90,22 +90,8 @@ class NeverStarts(Worker):
 
 
 def record(settings, entry, shard, *, attempt=1, worker=""):
-    return AuditRecord(
-        run_id=settings.run_id,
-        run_started_at=settings.run_started_at,
-        audited_at=datetime.now(UTC),
-        shard=shard,
-        attempt=attempt,
-        model_id=entry.model_id,
-        uri=entry.uri,
-        arch=entry.arch,
-        key_id=entry.key_id,
-        verdict=Verdict.INTACT,
-        displacement=Displacement.NONE,
-        triggers=8,
-        matches=8,
-        worker=worker,
-    )
+    facts = {"verdict": Verdict.INTACT, "displacement": Displacement.NONE, "triggers": 8, "matches": 8}
+    return make_record(settings, entry, shard=shard, attempt=attempt, worker=worker, **facts)
 
 
 class Fleet:
