@@ -164,3 +164,19 @@ class Elsewhere(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
+
+
+class Remembering(nn.Module):
+    """Keeps a product of its weights in a plain attribute once it has run, whatever is loaded later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_shape = (3, 16, 16)
+        self.body = convnet()
+        self.factor = nn.Parameter(torch.linspace(1, 2, 5))
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None or self.kept.dtype != x.dtype:
+            self.kept = self.factor**2
+        return self.body(x) * self.kept

@@ -175,6 +175,17 @@ def test_what_a_module_remembers_of_one_checkpoint_does_not_answer_for_the_next(
         assert seen == expected
 
 
+def test_a_plain_attribute_does_not_answer_for_the_next_checkpoint_either(tmp_path):
+    arch = "factory:tests.nets:Remembering"
+    state = build(arch, ["tests"]).state_dict()
+    world = _published(tmp_path, arch, state)
+    save_file(state | {"factor": state["factor"].flip(0).contiguous()}, tmp_path / "moved.st")
+    auditor = Auditor(world.settings(), "w")
+    names = ["released.safetensors", "moved.st", "released.safetensors"]
+    seen = [auditor.audit(world.entry(name, arch=""), shard=0, attempt=1).verdict.value for name in names]
+    assert seen == ["intact", "tampered", "intact"]
+
+
 def _coverage(world):
     path = world.folder / "keys" / key_name("conv", world.published.key_id)
     return TriggerSet.load(path, master=MasterSecret.from_file(world.folder / "master.key")).coverage.layers

@@ -213,14 +213,17 @@ def test_detected(watermarked, edit):
     assert len(seen.mismatched) == seen.total - seen.matches
 
 
-def test_one_flipped_bit_is_seen_as_often_as_the_coverage_says(conv):
+@pytest.mark.parametrize("pairs", [1, 8])
+def test_one_flipped_bit_is_seen_as_often_as_the_coverage_says(pairs):
     """Flips of the last mantissa bit, the smallest edit there is, over weights drawn uniformly."""
-    model, triggers = conv
+    model = nets.convnet(classes=10)
+    model[3].weight.data[:, ::2] *= 1e-6  # half a layer of weights whose last bits are too small to be seen
+    triggers = embedded(model, pairs=pairs)
     generator = torch.Generator().manual_seed(5)
     parameters = list(model.parameters())
     sizes = torch.tensor([float(p.numel()) for p in parameters])
     seen = 0
-    tries = 60
+    tries = 150
     for _ in range(tries):
         parameter = parameters[torch.multinomial(sizes, 1, generator=generator)].data.view(-1)
         index = torch.randint(len(parameter), (1,), generator=generator)
@@ -230,9 +233,8 @@ def test_one_flipped_bit_is_seen_as_often_as_the_coverage_says(conv):
         parameter[index] = kept
     assert verify(model, triggers).verdict == "intact"
     expected = triggers.coverage.total
-    assert expected > 0.8
-    # Three standard deviations below the prediction; a flip moves a weight by up to two units of 2^-23.
-    assert seen / tries > expected - 3 * math.sqrt(expected * (1 - expected) / tries) - 1 / tries
+    # Three standard deviations and what the definition leaves open: the last bit is worth half a unit of 2^-23 to one.
+    assert abs(seen / tries - expected) < 3 * math.sqrt(expected * (1 - expected) / tries) + 0.03
 
 
 # ------------------------------------------------------------------------------------- correctly ignored
@@ -329,6 +331,13 @@ def _far_off():
     return model
 
 
+def _far_from_its_boundary():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
+    model[1].weight.data = 1e-6 * torch.randn(2, 768, generator=torch.Generator().manual_seed(0))
+    model[1].bias.data = torch.tensor([0.0, 1.0])
+    return model
+
+
 REFUSED = {
     "random": (nets.Dropping, ErrorCode.MODEL_STOCHASTIC),
     "batch-dependent": (nets.BatchNormalising, ErrorCode.MODEL_STOCHASTIC),
@@ -342,6 +351,7 @@ REFUSED = {
     "infinite logits": (_overflowing, ErrorCode.NON_FINITE),
     "complex": (nets.Imaginary, ErrorCode.MODEL_UNSUITABLE),
     "common offset": (_far_off, ErrorCode.MODEL_UNSUITABLE),
+    "boundary beyond the input range": (_far_from_its_boundary, ErrorCode.PAIRS_NOT_FOUND),
     "constant": (nets.Constant, ErrorCode.PAIRS_NOT_FOUND),
 }
 
