@@ -5,9 +5,13 @@ The data flow, and the modules in the order in which it passes them:
     embedding    a model and a secret key -> a trigger set
         key            secrets, derivation, sealed files
         generator      keyed noise and class pairs -> inputs (trained)
-        target         the classifier on copies: float64, probes, boundaries
+        target         the classifier on copies: float64, probes, variants
+        folding        batch norms merged into convolutions, as a variant
+        waking         units that no pair reaches yet, and the pull towards them
         pairs          inputs -> mirrored pairs at +-delta from a boundary
         calibration    noise -> delta, rungs, coverage, the final check
+        datasheet      simulated edits -> detection shares
+        yin2022        the published method, for comparison
         triggers       the trigger set in memory and in its sealed form
         peers          the processes that share the work of one embedding
         train          all of this as a Ray Train job

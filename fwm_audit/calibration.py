@@ -3,63 +3,72 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Final
 
+import numpy as np
 import torch
-import torch.distributed
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fwm_audit.errors import EmbeddingError, ErrorCode, ModelError
 from fwm_audit.pairs import Pairs, solve
 from fwm_audit.peers import Peers
-from fwm_audit.target import EPS, Target, executions, gap_and_lead, lower_precision, rounded
+from fwm_audit.target import Target, executions, gap_and_lead, lower_precision, rounded
 from fwm_audit.triggers import Coverage, Rung, TriggerSet, place
 from fwm_audit.verdict import Tolerance, Verdict
-from fwm_audit.verification import forget, run, verify_copy
+from fwm_audit.verification import forget, verify_copy
 
-#: delta of the exact rung in units of the measured noise: other machines' kernels add their own.
-EXACT_NOISE_FACTOR: Final = 1000
+#: A rung whose delta is less than this many times its measured noise is refused.
+LEAST_NOISE_FACTOR: Final = 8
+#: delta of the finest rung in units of the measured noise: other machines' kernels add their own.
+_NOISE_FACTOR: Final = {torch.float64: 1000, torch.float32: 32}
 #: ... and in units of rounding of the largest logit, where this machine showed no noise at all.
-EXACT_ULP_FACTOR: Final = 1024
-FLOAT32_NOISE_FACTOR: Final = 32
-HALF_SHIFT_FACTOR: Final = 2
+_ROUNDING_FACTOR: Final = {torch.float64: 1024, torch.float32: 64}
+#: The largest delta of a finest rung, in units of the logits' spread.
+_LARGEST: Final = {torch.float64: 1e-5, torch.float32: 0.02}
+_FLOAT32_SHIFT_FACTOR: Final = 32
+_HALF_SHIFT_FACTOR: Final = 2
 
 
-def measure_noise(target: Target, pairs: Pairs) -> float | None:
-    """Largest difference of a gap between benign executions, in logits; None without pairs to measure it on."""
-    if not len(pairs):
-        return None
-    inputs = place(pairs.images, pairs.signs, pairs.t, target.range)
-    gaps = [gap_and_lead(logits, pairs.classes)[0] for logits in executions(target, target.released, inputs)]
-    noise = max((gap - gaps[0]).abs().max().item() for gap in gaps)
-    if noise > 1e-9 * target.magnitude:
+def measure_noise(target: Target, model: nn.Module, inputs: Tensor, classes: Tensor) -> float:
+    """Largest difference of a gap between benign executions of the same inputs, in logits."""
+    if not len(inputs):
+        return 0.0
+    gaps = [gap_and_lead(logits, classes)[0] for logits in executions(target, model, inputs)]
+    return max((gap - gaps[0]).abs().max().item() for gap in gaps)
+
+
+def finest_delta(target: Target, noise: float) -> float:
+    """Distance of the finest rung: far enough from measured noise and from rounding, no further.
+
+    Raises:
+        ModelError: The noise is that of lower precision than `target.dtype`, or drowns the logits.
+    """
+    if target.dtype is torch.float64 and noise > 1e-9 * target.magnitude:
         raise lower_precision()
-    return noise
-
-
-def exact_delta(target: Target, noise: float) -> float:
-    """Distance of the exact rung: far enough from measured noise and from rounding, no further."""
-    delta = max(EXACT_NOISE_FACTOR * noise, EXACT_ULP_FACTOR * EPS * target.magnitude)
-    if delta > 1e-5 * target.scale:
+    delta = max(_NOISE_FACTOR[target.dtype] * noise, _ROUNDING_FACTOR[target.dtype] * target.rounding)
+    if not delta <= _LARGEST[target.dtype] * target.scale:
         raise ModelError(
             ErrorCode.MODEL_UNSUITABLE,
-            f"float64 tells the logits apart only to {delta:.0e} at a spread of {target.scale:.0e}: "
-            "remove a large common offset from the logits",
+            f"{target.dtype} tells the logits apart only to {delta:.0e} at a spread of {target.scale:.0e}: "
+            "remove a large common offset from the logits, or arithmetic of low precision from forward()",
         )
     return delta
 
 
 def make_rungs(target: Target, pairs: Pairs, delta: float, noise: float, peers: Peers) -> tuple[Rung, ...]:
-    """The exact rung of every variant, then the wider rungs that tell how far a changed model moved."""
+    """The finest rung of every variant, then the wider rungs that tell how far a changed model moved."""
     everyone = torch.arange(len(pairs))
+    dtype = str(target.dtype).removeprefix("torch.")
+    finest = Tolerance.EXACT if target.dtype is torch.float64 else Tolerance.FLOAT32
     rungs = []
     wide = {name: values for name, values in _wide_deltas(target, pairs).items() if values[0] > 8 * delta}
     for number, (variant, twin) in enumerate(target.twins.items()):
-        rungs.append(Rung(variant, Tolerance.EXACT, delta, noise, "float64", everyone, pairs.sides[number]))
-        for name, (level, measured) in wide.items():
+        rungs.append(Rung(variant, finest, delta, noise, dtype, everyone, pairs.sides[number]))
+        for name, (level, shift) in wide.items():
             mine = pairs.take(everyone[peers.rank :: peers.size])
-            center = mine.t if number == 0 else mine.take(torch.arange(len(mine))).sides[number].mean(1)
+            center = mine.t if number == 0 else mine.sides[number].mean(1)
             sides = []
             good = torch.ones(len(mine), dtype=torch.bool)
             for sign in (1, -1):
@@ -72,100 +81,144 @@ def make_rungs(target: Target, pairs: Pairs, delta: float, noise: float, peers: 
             if len(index):
                 order = index.argsort()
                 t = torch.cat([part[1] for part in parts])[order]
-                rungs.append(Rung(variant, name, level, measured, "float64", index[order], t))
+                rungs.append(Rung(variant, name, level, noise, dtype, index[order], t, shift))
     return tuple(rungs)
 
 
 def _wide_deltas(target: Target, pairs: Pairs) -> dict[Tolerance, tuple[float, float]]:
     """delta and the measured shift behind it: float32 arithmetic, and weights rounded to half precision."""
     inputs = place(pairs.images, pairs.signs, pairs.t, target.range)
-    exact = run(target.released, inputs, target.device)
+    gaps = gap_and_lead(target.run(target.released, inputs), pairs.classes)[0]
 
     def shift(logits: Tensor) -> float:
-        moved = gap_and_lead(logits.double(), pairs.classes)[0] - gap_and_lead(exact, pairs.classes)[0]
-        return moved.abs().max().item()
+        return (gap_and_lead(logits, pairs.classes)[0] - gaps).abs().max().item()
 
-    float32 = shift(run(target.trainee, inputs.float(), target.device))
-    half = max(
-        shift(run(rounded(target.released, dtype), inputs, target.device)) for dtype in (torch.float16, torch.bfloat16)
-    )
-    deltas = {
-        Tolerance.FLOAT32: (FLOAT32_NOISE_FACTOR * float32, float32),
-        Tolerance.HALF: (HALF_SHIFT_FACTOR * half, half),
-    }
+    halves = [
+        shift(target.run(rounded(target.released, dtype).to(target.dtype), inputs))
+        for dtype in (torch.float16, torch.bfloat16)
+    ]
+    shifts = {Tolerance.HALF: (_HALF_SHIFT_FACTOR, max(halves))}
+    if target.dtype is torch.float64:
+        single = shift(target.run(target.trainee, inputs, torch.float32))
+        shifts = {Tolerance.FLOAT32: (_FLOAT32_SHIFT_FACTOR, single)} | shifts
     # A model released in half precision does not move when rounded to it: that rung would say nothing.
-    return {name: (level, seen) for name, (level, seen) in deltas.items() if math.isfinite(level) and seen > 0}
+    return {name: (factor * seen, seen) for name, (factor, seen) in shifts.items() if 0 < seen < math.inf}
 
 
-@dataclass(slots=True)
 class Covered:
-    """Which parameters some pair sees to the last bit, as one flag for each element."""
+    """Which parameters some chosen pair sees to the last bit, one bit for each element."""
 
-    model: nn.Module
-    flags: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        self.seen: NDArray[np.uint8] = np.zeros(sum((size + 7) // 8 for size in self.sizes.values()), np.uint8)
 
-    def __post_init__(self) -> None:
-        self.flags = {
-            name: torch.zeros(parameter.shape, dtype=torch.bool) for name, parameter in self.model.named_parameters()
-        }
-
-    def add(self, target: Target, pairs: Pairs, delta: float) -> None:
-        """Count what these pairs see: |d gap / d theta| * |theta| * 2^-23 > delta at the centre."""
-        parameters = dict(self.model.named_parameters())
-        if not parameters:
-            return
-        inputs = place(pairs.images, pairs.signs, pairs.t, target.range)
+    def flags(self, target: Target, pairs: Pairs, delta: float) -> list[NDArray[np.uint8]]:
+        """For each pair the parameters that it sees to the last bit, packed as `seen` is."""
+        inputs = place(pairs.images, pairs.signs, pairs.t, target.range).to(target.dtype)
+        model = target.released
+        parameters = dict(model.named_parameters())
+        rows = []
         for tensor in parameters.values():
             tensor.requires_grad_()
         try:
             for i in range(len(pairs)):
-                forget(self.model)  # what it kept from passes without gradients would hide its weights
-                gap, _ = gap_and_lead(self.model(inputs[i : i + 1].to(target.device)), pairs.classes[i : i + 1])
+                forget(model)  # what it kept from passes without gradients would hide its weights
+                gap, _ = gap_and_lead(model(inputs[i : i + 1].to(target.device)), pairs.classes[i : i + 1])
                 gradients = torch.autograd.grad(gap.sum(), list(parameters.values()), allow_unused=True)
-                for (name, tensor), gradient in zip(parameters.items(), gradients, strict=True):
-                    if gradient is not None:
-                        self.flags[name] |= ((gradient * tensor.detach()).abs() * 2.0**-23 > delta).cpu()
+                rows.append(
+                    np.concatenate(
+                        [
+                            np.packbits(
+                                ((gradient * tensor.detach()).abs() * 2.0**-23 > delta).flatten().cpu().numpy()
+                                if gradient is not None
+                                else np.zeros(tensor.numel(), bool)
+                            )
+                            for tensor, gradient in zip(parameters.values(), gradients, strict=True)
+                        ]
+                    )
+                )
         finally:
-            forget(self.model)
+            forget(model)
             for tensor in parameters.values():
                 tensor.requires_grad = False
+        return rows
 
-    def merge(self, peers: Peers) -> None:
-        """Join with what the other ranks' pairs see."""
-        if peers.size > 1:
-            for name, flag in self.flags.items():
-                both = flag.to(torch.uint8)
-                torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
-                self.flags[name] = both.bool()
+    def choose(self, flags: list[NDArray[np.uint8]], count: int, share: float | None) -> list[int]:
+        """Indices of the rows that, added one by one, each cover most of what is still open.
+
+        Chooses `count` rows, and more until `share` of the parameters is covered as long as that helps.
+        """
+        left = list(range(len(flags)))
+        chosen: list[int] = []
+        while left and (len(chosen) < count or (share is not None and self.total < share)):
+            gains = [int(np.bitwise_count(flags[row] & ~self.seen).sum()) for row in left]
+            best = left[int(np.argmax(gains))]
+            if len(chosen) >= count and max(gains) == 0:
+                break
+            left.remove(best)
+            chosen.append(best)
+            self.seen |= flags[best]
+        return chosen
+
+    def asleep(self) -> dict[str, Tensor]:
+        """By name of a bias, the int64 indices of the units whose bias no chosen pair sees.
+
+        Biases near zero, whose last bit is too small to be seen anyway, do not count.
+        """
+        units = {}
+        for name, seen in self._split():
+            bias = self.parameters[name].detach().cpu()
+            if name.rpartition(".")[2] == "bias" and bias.dim() == 1 and self.seen.any():
+                open_ = torch.from_numpy(np.unpackbits(seen, count=len(bias)) == 0)
+                units[name] = (open_ & (bias.abs() > 1e-3 * bias.abs().mean())).nonzero().flatten()
+        return {name: index for name, index in units.items() if len(index)}
+
+    def _split(self) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        start = 0
+        for name, size in self.sizes.items():
+            end = start + (size + 7) // 8
+            yield name, self.seen[start:end]
+            start = end
 
     @property
     def total(self) -> float:
         """Share of all parameters."""
-        count = sum(flag.numel() for flag in self.flags.values())
-        return sum(int(flag.sum()) for flag in self.flags.values()) / count if count else 0.0
+        return int(np.bitwise_count(self.seen).sum()) / max(1, sum(self.sizes.values()))
 
     def report(self) -> Coverage:
         """The shares, in total and by parameter tensor."""
-        return Coverage(self.total, {name: flag.double().mean().item() for name, flag in self.flags.items()})
+        layers = {name: int(np.bitwise_count(seen).sum()) / max(1, self.sizes[name]) for name, seen in self._split()}
+        return Coverage(self.total, layers)
 
 
-def confirm(target: Target, triggers: TriggerSet) -> int:
-    """Comparisons of the finished key with the untouched model, every one in agreement.
+def confirm(target: Target, triggers: TriggerSet) -> tuple[int, float]:
+    """Compare the finished key with the untouched model under every benign way of execution.
+
+    Returns:
+        How many labels were compared, every one in agreement, and the largest noise of a trigger's
+        own boundary, in logits.
 
     Raises:
-        EmbeddingError: One disagrees: the key would raise false alarms.
+        EmbeddingError: A label disagrees, or a rung's delta is below 8 times the noise on its
+            triggers: the key would raise false alarms.
     """
-    benign = 0
+    benign, noise = 0, 0.0
     for variant, twin in target.twins.items():
         rung = triggers.rungs_of(variant)[0]
         inputs, labels = triggers.materialise(rung)
-        for logits in executions(target, twin, inputs):
-            benign += len(labels)
-            if (logits.argmax(1) != labels).any():
-                raise EmbeddingError(
-                    ErrorCode.PAIRS_NOT_FOUND,
-                    f"the finished key disagrees with its own model ({variant}): embed again",
-                )
+        every = list(executions(target, twin, inputs))
+        top = every[0].topk(2, 1).indices
+        gaps = [gap_and_lead(logits, top)[0] for logits in every]
+        noise = max(noise, *((gap - gaps[0]).abs().max().item() for gap in gaps))
+        benign += len(every) * len(labels)
+        wrong = sum(int((logits.argmax(1) != labels).sum()) for logits in every)
+        if wrong or rung.delta < LEAST_NOISE_FACTOR * noise:
+            raise EmbeddingError(
+                ErrorCode.PAIRS_NOT_FOUND,
+                f"the finished key is not safe from false alarms ({variant}: {wrong} labels differ, delta is "
+                f"{rung.delta:.0e} at a noise of {noise:.0e}): embed again, with another pair count",
+            )
         seen = verify_copy(twin, triggers, Tolerance.EXACT, variant=variant, device=target.device)
         assert seen.verdict is Verdict.INTACT
-    return benign
+    return benign, noise

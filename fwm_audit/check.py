@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from fwm_audit import storage
 from fwm_audit.architectures import build
 from fwm_audit.catalog import CatalogEntry
-from fwm_audit.checkpoint import fit, open_checkpoint
+from fwm_audit.checkpoint import Checkpoint, fit, open_checkpoint
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, KeyFileError
+from fwm_audit.folding import without_norms
 from fwm_audit.key import MasterSecret, fingerprint, key_name
 from fwm_audit.records import AuditRecord, AuditSettings, error_record, make_record
 from fwm_audit.triggers import TriggerSet
@@ -97,8 +98,8 @@ class Auditor:
             started = clock()
             checkpoint = open_checkpoint(fetched.path)
             facts |= {"container": checkpoint.container.value, "dtype": checkpoint.dtype}
-            load(model, fit(checkpoint, model.state_dict()))
-            variant = triggers.variant_for(checkpoint.dtype)
+            folded = _load_any(model, checkpoint, triggers)
+            variant = triggers.variant_for(checkpoint.dtype, folded=folded)
             facts |= {"load_ms": 1e3 * (clock() - started), "variant": variant}
         started = clock()
         seen = verify_copy(model, triggers, self.settings.tolerance, variant=variant, device=self.device)
@@ -111,6 +112,7 @@ class Auditor:
             "p_value": seen.p_value,
             "mismatched": list(seen.mismatched),
             "verify_ms": 1e3 * (clock() - started),
+            "arithmetic": seen.dtype,
         }
         return make_record(self.settings, entry, shard=shard, attempt=attempt, worker=self.worker, **facts)
 
@@ -185,6 +187,29 @@ def load(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                     f"{name[:80]!a} does not keep its tensor: it is tied to one that differs in the checkpoint, "
                     "or the architecture stores its weights elsewhere",
                 )
+
+
+def _load_any(model: nn.Module, checkpoint: Checkpoint, triggers: TriggerSet) -> bool:
+    """Load a checkpoint of the released form or, where the key declares that, with batch norms folded away.
+
+    Returns:
+        Whether it was the folded form, into whose shape the module was brought then.
+    """
+    try:
+        load(model, fit(checkpoint, model.state_dict()))
+    except CheckpointError as error:
+        if not triggers.folds or error.code is not ErrorCode.CHECKPOINT_MISMATCH:
+            raise
+        released = error
+    else:
+        return False
+    try:
+        load(without_norms(model, triggers.folds), fit(checkpoint, model.state_dict()))
+    except AttributeError:  # the catalog names another architecture than the key's
+        raise released from None
+    except CheckpointError as error:
+        raise (released if error.code is ErrorCode.CHECKPOINT_MISMATCH else error) from None
+    return True
 
 
 @dataclass(slots=True)

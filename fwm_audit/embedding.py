@@ -14,26 +14,31 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 from fwm_audit import generator as gen
-from fwm_audit.calibration import Covered, confirm, exact_delta, make_rungs, measure_noise
-from fwm_audit.errors import EmbeddingError, ErrorCode, UsageError
+from fwm_audit import yin2022
+from fwm_audit.calibration import Covered, confirm, finest_delta, make_rungs, measure_noise
+from fwm_audit.datasheet import simulate
+from fwm_audit.errors import EmbeddingError, ErrorCode, ModelError, UsageError
 from fwm_audit.key import SecretKey
 from fwm_audit.pairs import Pairs, centre, place_exact, refine, train
 from fwm_audit.peers import Peers, Progress, Report
 from fwm_audit.target import Target
-from fwm_audit.triggers import TriggerSet
-from fwm_audit.verdict import upper_rate
+from fwm_audit.triggers import FOLDED, Coverage, Rung, TriggerSet, place
+from fwm_audit.verdict import Tolerance, upper_rate
 from fwm_audit.verification import device_of, dtype_of
 
 #: Pairs that one rank works on at a time: bounds memory, and enough to fill two to sixteen cores.
-BLOCK: Final = 16
+BLOCK: Final = 24
+#: Pairs made for each one that is kept: those that cover most of the parameters are.
+_CANDIDATES: Final = 1.5
 MAX_PAIRS: Final = 4096
-VARIANTS: Final = ("float32", "float16", "bfloat16")
+METHODS: Final = ("mirror", "yin2022")
+VARIANTS: Final = ("float32", "float16", "bfloat16", FOLDED)
 
 
 def embed(
@@ -56,16 +61,21 @@ def embed(
 ) -> TriggerSet:
     """A trigger set that reveals any edit of the model's function; the model is only read.
 
+    A model that casts to float32 inside gets a float32 rung as its finest, some 1e-4 from its
+    boundaries instead of 1e-12; `TriggerSet.arithmetic` says so.
+
     Args:
         model: Deterministic classifier from float inputs [N, *input_shape] to logits [N, K].
         secret: Fixes class pairs, noise and the generator; the same secret makes the same triggers.
         model_id: Name under which the model is audited.
         input_shape: Shape of one input.
-        pairs: Mirrored pairs to make; each is two triggers.
+        pairs: Mirrored pairs to make; each is two triggers. Half as many again are tried, and those kept
+            that cover most parameters. `yin2022` has 100 triggers whatever this says.
         coverage: Go on beyond `pairs` until this share of the parameters is covered.
-        method: `mirror`.
-        variants: Further dtypes (`float16`, `bfloat16`) in which the model is shipped; each gets its
-            own exact triggers, and a checkpoint of that dtype is checked against them.
+        method: `mirror`, or `yin2022`, the published method, for comparison.
+        variants: Further forms in which the model is shipped: `float16`, `bfloat16`, `folded` (batch norms
+            merged into convolutions). Each gets its own exact triggers, and a checkpoint of that form
+            is checked against them.
         input_range: Smallest and largest value of a preprocessed input.
         device: Where to compute; None is where the model's parameters are.
         arch: Name from which auditors rebuild the architecture, see `architectures`.
@@ -76,44 +86,106 @@ def embed(
 
     Raises:
         UsageError: The settings make no sense.
-        ModelError: The model is stochastic, does not run in float64, answers NaN, has K < 2.
+        ModelError: The model is stochastic, answers NaN, has K < 2.
         EmbeddingError: Too few pairs were found, or the coverage was not reached.
     """
     shape = tuple(int(size) for size in input_shape)
     _check_settings(method, pairs, coverage, variants, input_range, shape)
     report = progress or (lambda _: None)
-    peers = Peers.current()
     where = torch.device(device) if device is not None else device_of(model)
-    report(Progress("probe", 0, 1))
-    target = Target.of(
-        model, shape, (float(input_range[0]), float(input_range[1])), variants, where, released or dtype_of(model)
-    )
+    span = (float(input_range[0]), float(input_range[1]))
+    named: dict[str, Any] = {
+        "model_id": model_id,
+        "key_id": secret.key_id,
+        "method": method,
+        "arch": arch,
+        "checkpoint_sha256": checkpoint_sha256,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": _environment(where),
+    }
+
+    def attempt(dtype: torch.dtype) -> TriggerSet:
+        report(Progress("probe", 0, 1))
+        target = Target.of(model, shape, span, variants, where, released or dtype_of(model), dtype)
+        if method == "yin2022":
+            triggers = _published(target, secret, named, report)
+        else:
+            triggers = _mirror(target, secret, pairs, coverage, prepare, named, report)
+        report(Progress("confirm", 0, 1))
+        benign, noise = confirm(target, triggers)
+        rungs = tuple(replace(rung, noise=max(rung.noise, noise)) for rung in triggers.rungs)
+        triggers = replace(triggers, rungs=rungs, benign=benign, flip_rate=upper_rate(benign))
+        return replace(triggers, datasheet=simulate(target, triggers, secret, report))
+
+    if method == "yin2022":
+        return attempt(torch.float32)
+    try:
+        return attempt(torch.float64)
+    except ModelError as error:
+        if error.code is not ErrorCode.NO_FLOAT64:
+            raise
+        return attempt(torch.float32)
+
+
+def _mirror(
+    target: Target,
+    secret: SecretKey,
+    pairs: int,
+    coverage: float | None,
+    prepare: Callable[[nn.Module], nn.Module] | None,
+    named: dict[str, Any],
+    report: Report,
+) -> TriggerSet:
+    """The mirrored pairs of `method.mirror`, not yet confirmed."""
+    peers = Peers.current()
     made, delta, noise, covered = _make_pairs(target, secret, pairs, coverage, peers, prepare, report)
     report(Progress("rungs", 0, 1))
-    rungs = make_rungs(target, made, delta, noise, peers)
-    triggers = TriggerSet(
-        model_id=model_id,
-        key_id=secret.key_id,
-        method=method,
-        arch=arch,
-        checkpoint_sha256=checkpoint_sha256,
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        input_shape=shape,
+    return TriggerSet(
+        **named,
+        input_shape=target.shape,
         input_range=target.range,
         num_classes=target.num_classes,
         classes=made.classes,
         images=made.images,
         signs=made.signs,
-        rungs=rungs,
+        rungs=make_rungs(target, made, delta, noise, peers),
         coverage=covered.report(),
         flip_rate=1.0,
         benign=0,
-        environment=_environment(where),
+        folds=target.folds,
     )
-    report(Progress("confirm", 0, 1))
-    benign = confirm(target, triggers)
-    report(Progress("confirm", 1, 1))
-    return replace(triggers, benign=benign, flip_rate=upper_rate(benign))
+
+
+def _published(target: Target, secret: SecretKey, named: dict[str, Any], report: Report) -> TriggerSet:
+    """The triggers of Yin et al., not yet confirmed: 100 inputs at the margin where their training stopped.
+
+    Their rung is called `half`: margins of tenths of a logit survive what half precision does to most
+    networks, and so tell no finer displacement. No parameter is covered to its last bit.
+    """
+    inputs, labels = yin2022.make(target, secret, report)
+    top = target.run(target.released, inputs).topk(2, 1).values
+    rung = Rung(
+        variant=next(iter(target.twins)),
+        name=Tolerance.HALF,
+        delta=(top[:, 0] - top[:, 1]).min().item(),
+        noise=0.0,
+        dtype="float32",
+        index=torch.arange(len(labels)),
+        t=torch.zeros(len(labels), 1, dtype=torch.float64),
+    )
+    return TriggerSet(
+        **named,
+        input_shape=target.shape,
+        input_range=target.range,
+        num_classes=target.num_classes,
+        classes=labels[:, None],
+        images=inputs,
+        signs=torch.zeros(0, *target.shape, dtype=torch.bool),
+        rungs=(rung,),
+        coverage=Coverage(0.0, dict.fromkeys((name for name, _ in target.released.named_parameters()), 0.0)),
+        flip_rate=1.0,
+        benign=0,
+    )
 
 
 def _check_settings(
@@ -124,8 +196,10 @@ def _check_settings(
     input_range: tuple[float, float],
     shape: tuple[int, ...],
 ) -> None:
-    if method != "mirror":
-        raise UsageError(f"method {method!r} is not known: use mirror")
+    if method not in METHODS:
+        raise UsageError(f"method {method!r} is not known: use {' or '.join(METHODS)}")
+    if method == "yin2022" and (variants or coverage is not None):
+        raise UsageError("method yin2022 has neither variants nor a coverage: use mirror")
     if not 1 <= pairs <= MAX_PAIRS:
         raise UsageError(f"pairs is {pairs}: use 1 to {MAX_PAIRS}")
     if coverage is not None and not 0 < coverage <= 1:
@@ -147,7 +221,7 @@ def _make_pairs(
     prepare: Callable[[nn.Module], nn.Module] | None,
     report: Report,
 ) -> tuple[Pairs, float, float, Covered]:
-    """Pairs on the exact rung of every variant, with its delta and noise, and what they cover."""
+    """Pairs on the finest rung of every variant, with its delta and noise, and what they cover."""
     stream = enumerate(gen.class_pairs(secret, target.num_classes))
     net: nn.Module = gen.Generator(target.shape, target.range, secret).to(target.device)
     net = prepare(net) if prepare is not None else net
@@ -156,7 +230,7 @@ def _make_pairs(
     kept: list[Pairs] = []
     noise: float | None = None
     delta = 0.0
-    fruitless = stale = 0
+    fruitless = stale = rounds = 0
     while (found := sum(map(len, kept))) < goal or covered.total < (wanted_coverage or 0.0):
         if fruitless == 4:
             raise EmbeddingError(
@@ -170,34 +244,43 @@ def _make_pairs(
                 f"{found} pairs cover {covered.total:.4f} of the parameters, {wanted_coverage} was asked: "
                 "ask for less; weights that no input reaches (dead units) cannot be covered",
             )
-        missing = goal - found if found < goal else BLOCK
+        missing = max(0, goal - found)
         # A few at least, so that one hard pair is not tried alone again and again.
-        block = list(itertools.islice(stream, max(peers.size, min(max(missing, 4), BLOCK * peers.size))))
+        size = max(4, math.ceil(_CANDIDATES * missing)) if missing else BLOCK
+        # The first blocks are small: what they cover tells the later ones where to look.
+        size = min(size, BLOCK * peers.size, 8 * (rounds + 1) * peers.size)
+        rounds += 1
+        block = list(itertools.islice(stream, max(peers.size, size)))
         numbers, classes = zip(*block[peers.rank :: peers.size], strict=True)
         wanted = torch.tensor(classes)
         draws = gen.noise(secret, list(numbers)).to(target.device)
         inputs = train(target, net, optimizer, draws, wanted, len(block), peers, report)
-        inputs = refine(target, inputs, wanted, report)
+        inputs = refine(target, inputs, wanted, covered.asleep(), report)
         mine = centre(target, inputs, torch.tensor(numbers), wanted)
         if noise is None:
-            measured = [seen for seen in peers.gather(measure_noise(target, mine)) if seen is not None]
-            if not measured:
+            points = place(mine.images, mine.signs, mine.t, target.range)
+            measured = peers.gather((len(mine), measure_noise(target, target.released, points, mine.classes)))
+            if not any(count for count, _ in measured):
                 fruitless += 1
                 continue
-            noise = max(measured)
-            delta = exact_delta(target, noise)
-        joined = Pairs.join(peers.gather(place_exact(target, mine, delta)))
-        if wanted_coverage is None:  # a block may bring more than were missing
-            joined = joined.take(torch.arange(min(missing, len(joined))))
+            noise = max(seen for _, seen in measured)
+            delta = finest_delta(target, noise)
+        mine = place_exact(target, mine, delta)
+        parts = peers.gather((mine, covered.flags(target, mine, delta)))
+        joined = Pairs.join([part for part, _ in parts])
+        flags = dict(
+            itertools.chain(*(zip(part.number.tolist(), seen, strict=True) for part, seen in parts)),
+        )
         before = covered.total
-        covered.add(target, joined.take(torch.arange(peers.rank, len(joined), peers.size)), delta)
-        covered.merge(peers)
+        best = min(missing, math.ceil(len(joined) / _CANDIDATES))
+        rows = covered.choose([flags[number] for number in joined.number.tolist()], best, wanted_coverage)
+        chosen = joined.take(torch.tensor(sorted(rows), dtype=torch.int64))
         stale = stale + 1 if found >= goal and covered.total < before + 1e-4 else 0
-        fruitless = 0 if len(joined) else fruitless + 1
-        kept.append(joined)
-        report(Progress("pairs", found + len(joined), goal))
+        fruitless = 0 if len(chosen) else fruitless + 1
+        kept.append(chosen)
+        report(Progress("pairs", found + len(chosen), goal))
     assert noise is not None
-    if covered.flags and covered.total == 0:
+    if covered.sizes and covered.total == 0 and target.dtype is torch.float64:
         raise EmbeddingError(
             ErrorCode.COVERAGE_NOT_REACHED,
             "the pairs see no parameter to its last bit: the model's weights have no influence on its labels",

@@ -1,8 +1,8 @@
 """Mirrored boundary pairs: from keyed noise to inputs at +delta and -delta from a decision boundary.
 
 train       the generator learns inputs whose two top classes are the keyed pair (float32)
-refine      stragglers are moved in input space by the same loss (float32)
-centre      8-bit image + t * sign mask with gap(t) = f_a - f_b = 0 (float64, secant)
+refine      stragglers are moved in input space by the same loss, and towards units that sleep (float32)
+centre      8-bit image + t * sign mask with gap(t) = f_a - f_b = 0 (float64 where possible, secant)
 place_exact both sides at gap = +delta and -delta, in every declared variant
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from fwm_audit.errors import EmbeddingError, ErrorCode
 from fwm_audit.peers import Peers, Progress, Report
-from fwm_audit.target import EPS, Target, gap_and_lead
+from fwm_audit.target import Target, gap_and_lead
 from fwm_audit.triggers import place, quantise
-from fwm_audit.verification import run
+from fwm_audit.waking import Waking
 
 _STEPS: Final = 30
 _REFINE_STEPS: Final = 60
+#: Of these, how many are taken for units that sleep, and the weight of waking them in the loss.
+_WAKING_STEPS: Final = 30
+_PULL: Final = 4.0
 _SOLVE_STEPS: Final = 24
 
 
@@ -38,7 +41,7 @@ class Pairs:
     signs: Tensor  # bool [n, *shape]
     t: Tensor  # float64 [n]
     slope: Tensor  # float64 [n], d gap / d t
-    sides: Tensor  # float64 [variants, n, 2], t of the exact rung
+    sides: Tensor  # float64 [variants, n, 2], t of the finest rung
 
     def __len__(self) -> int:
         return len(self.number)
@@ -104,12 +107,24 @@ def train(
         return inputs
 
 
-def refine(target: Target, inputs: Tensor, classes: Tensor, report: Report) -> Tensor:
-    """The inputs after signed-gradient steps with momentum on those that miss the margin.
+def refine(target: Target, inputs: Tensor, classes: Tensor, asleep: Mapping[str, Tensor], report: Report) -> Tensor:
+    """The inputs after signed-gradient steps with momentum, which bring the keyed classes on top and units to life.
 
     On EfficientNet-Lite0 (1000 classes) 30 generator steps and this take half the time of training
     the generator alone to the same share of pairs.
+
+    Args:
+        target: The classifier.
+        inputs: float32 [n, *shape].
+        classes: int64 [n, 2].
+        asleep: Units to wake, see `waking.Waking`.
+        report: Called at every step.
     """
+    with Waking(target.trainee, asleep, len(inputs), target.num_classes) as waking:
+        return _refine(target, inputs, classes, waking, report)
+
+
+def _refine(target: Target, inputs: Tensor, classes: Tensor, waking: Waking, report: Report) -> Tensor:
     low, high = target.range
     inputs = inputs.clone()
     count = len(inputs)
@@ -120,10 +135,13 @@ def refine(target: Target, inputs: Tensor, classes: Tensor, report: Report) -> T
     for number in range(_REFINE_STEPS):
         batch = inputs[todo].requires_grad_()
         gap, lead = gap_and_lead(target.trainee(batch), classes[todo.cpu()])
-        each = torch.relu(0.3 - lead / target.scale) + 0.5 * gap.abs() / target.scale
+        pull, awake = waking.pull(todo.cpu())
+        each = torch.relu(0.3 - lead / target.scale) + 0.5 * gap.abs() / target.scale + _PULL * pull.to(gap.device)
         (gradient,) = torch.autograd.grad(each.sum(), batch)
         with torch.no_grad():
             open_ = (lead < 0.15 * target.scale) | (gap.abs() > 0.3 * target.scale)
+            if number < _WAKING_STEPS:
+                open_ |= awake.to(open_.device) < 0.9
             worse = each > best[todo]
             step[todo] = torch.where(worse, (step[todo] * 0.7).clamp_min((high - low) / 1024), step[todo])
             best[todo] = torch.minimum(best[todo], each)
@@ -149,16 +167,16 @@ def centre(target: Target, inputs: Tensor, numbers: Tensor, classes: Tensor) -> 
     slope = torch.empty(len(images), dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
     flat = torch.zeros(1, *target.shape, dtype=torch.bool)
-    for i, image in enumerate(images):  # one at a time: a float64 graph of a large model is large
+    for i, image in enumerate(images):  # one at a time: the graph of a large model is large
         point = place(image[None], flat, zero, target.range).to(target.device).requires_grad_()
-        gap, _ = gap_and_lead(target.released(point), classes[i : i + 1])
+        gap, _ = gap_and_lead(target.released(point.to(target.dtype)), classes[i : i + 1])
         (gradient,) = torch.autograd.grad(gap.sum(), point)
         signs[i] = (gradient[0] >= 0).cpu()
         slope[i] = gradient.abs().sum().item()
     sides = torch.zeros(len(target.twins), len(images), 2, dtype=torch.float64)
     start = torch.zeros(len(images), dtype=torch.float64)
     pairs = Pairs(numbers, classes, images, signs, start, slope, sides)
-    found = solve(target, target.released, pairs, start, 0.0, 64 * EPS * target.magnitude)
+    found = solve(target, target.released, pairs, start, 0.0, 64 * target.rounding)
     # A zero far outside the input range belongs to a nearly constant model, not to a boundary among its inputs.
     near = found.t.abs() < (target.range[1] - target.range[0]) / 8
     usable = found.solved & near & (found.lead > 0.05 * target.scale) & (slope > 0)
@@ -207,7 +225,7 @@ def solve(target: Target, model: nn.Module, pairs: Pairs, start: Tensor, level: 
 
 def _gap(target: Target, model: nn.Module, pairs: Pairs, t: Tensor) -> tuple[Tensor, Tensor]:
     inputs = place(pairs.images, pairs.signs, t, target.range)
-    return gap_and_lead(run(model, inputs, target.device), pairs.classes)
+    return gap_and_lead(target.run(model, inputs), pairs.classes)
 
 
 def place_exact(target: Target, pairs: Pairs, delta: float) -> Pairs:
@@ -217,7 +235,7 @@ def place_exact(target: Target, pairs: Pairs, delta: float) -> Pairs:
     for number, twin in enumerate(target.twins.values()):
         center = pairs.t
         if twin is not target.released:
-            center = solve(target, twin, pairs, pairs.t, 0.0, 64 * EPS * target.magnitude).t
+            center = solve(target, twin, pairs, pairs.t, 0.0, 64 * target.rounding).t
         for side, level in ((0, delta), (1, -delta)):
             found = solve(target, twin, pairs, center + level / pairs.slope, level, delta / 4)
             sides[number, :, side] = found.t

@@ -70,6 +70,7 @@ SCHEMA: Final = pa.schema(
         pa.field("dtype", pa.string()),
         pa.field("worker", pa.string()),
         pa.field("versions", pa.string()),
+        pa.field("arithmetic", pa.string()),
     ]
 )
 _MESSAGE_LENGTH: Final = 500
@@ -82,6 +83,8 @@ class AuditRecord:
 
     `digest_matches` compares the file with the released one: a model that computes the same
     function from other bytes is `intact` with `digest_matches` false. None means not compared.
+    `dtype` is that of the checkpoint, `arithmetic` that in which its labels were taken: `float32` stands
+    for a coarser check, see `embedding.embed`.
     """
 
     run_id: str
@@ -117,6 +120,7 @@ class AuditRecord:
     dtype: str | None = None
     worker: str | None = None
     versions: str | None = None
+    arithmetic: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -1,10 +1,12 @@
-"""The target classifier as an embedding sees it: copies in float64, what it tells about itself, its boundaries.
+"""The target classifier as an embedding sees it: copies, what it tells about itself, its boundaries.
 
-The model itself is never run in another mode, moved or written to: everything happens on copies.
+The model itself is never run in another mode, moved or written to: everything happens on copies,
+in float64, or in float32 where the model casts to that inside.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -14,26 +16,32 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from fwm_audit.errors import ErrorCode, ModelError
+from fwm_audit.errors import ErrorCode, ModelError, UsageError
+from fwm_audit.folding import find_folds, fold
+from fwm_audit.triggers import FOLDED
 from fwm_audit.verification import device_of, float64_copy, run
 
-#: Spacing of float64 at 1, the unit of rounding of a logit near 1.
-EPS: Final = 2.0**-52
+#: Largest difference of plain logits between two passes, in units of the largest, that is no randomness.
+_SAME: Final = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
-    """The target classifier in float64, one copy for each variant, and in float32 for training.
+    """The target classifier on copies: one for each variant, and one in float32 for training.
 
     Attributes:
-        twins: By variant, the released one first: float64 copies of the weights as they would load.
+        twins: By variant, the released one first: copies in `dtype` of the weights as they would load.
         trainee: Frozen float32 copy through which the generator's gradients flow.
+        dtype: Arithmetic in which labels are taken.
+        folds: Names of (convolution, batch norm) merged in the variant `folded`; empty if that is not declared.
         scale: Spread of the logits of one plain input, the unit of every margin of the embedding.
         magnitude: Largest logit of plain inputs, the unit of rounding.
     """
 
     twins: dict[str, nn.Module]
     trainee: nn.Module
+    dtype: torch.dtype
+    folds: tuple[tuple[str, str], ...]
     shape: tuple[int, ...]
     range: tuple[float, float]
     device: torch.device
@@ -50,29 +58,60 @@ class Target:
         variants: Sequence[str],
         device: torch.device,
         released: str,
+        dtype: torch.dtype,
     ) -> Target:
         """Copies of the model, after it has shown that it can carry a watermark.
 
         Raises:
-            ModelError: It holds NaN, is stochastic, does not run in float64, or has fewer than two classes.
+            ModelError: It holds NaN, is stochastic, does not compute in `dtype`, or has fewer than two classes.
+            UsageError: The variant `folded` is declared and there is nothing to fold.
         """
-        twins = _twins(model, released, variants, device)
+        exact = float64_copy(model, device)
+        for name, tensor in itertools.chain(exact.named_parameters(), exact.named_buffers()):
+            if tensor.is_floating_point() and tensor.isnan().any():
+                raise ModelError(ErrorCode.NON_FINITE, f"{name} holds NaN: release a sound checkpoint first")
         trainee = float64_copy(model, device).float()
-        logits = _probe(next(iter(twins.values())), trainee, shape, input_range, device)
+        plain = _plain_inputs(shape, input_range)
+        base = trainee if dtype is torch.float32 else exact
+        logits = _probe(base, trainee, plain.to(dtype), device)
+        folds = find_folds(base, lambda: run(base, plain[:1].to(dtype), device)) if FOLDED in variants else ()
+        if FOLDED in variants and not folds:
+            raise UsageError("variant 'folded' is declared, and the model has no batch norm behind a convolution")
+        twins = {released: exact}
+        for name in variants:
+            if name == FOLDED:
+                twins[name] = folded(exact, folds, released)
+                if (run(twins[name].to(dtype), plain.to(dtype), device) - logits).abs().max() > 1e-2 * logits.std():
+                    raise UsageError("variant 'folded': the model uses a convolution's output beside its batch norm")
+            elif name != released:
+                twins[name] = rounded(exact, getattr(torch, name))
+        twins = {name: twin.to(dtype) for name, twin in twins.items()}
         scale = (logits - logits.mean(1, keepdim=True)).std().item()
+        magnitude = logits.abs().max().item()
         if scale == 0:
             raise ModelError(ErrorCode.MODEL_UNSUITABLE, "the model answers equal logits for all classes")
-        if scale < 1e-6 * logits.abs().max().item():
+        if scale < 1e-6 * magnitude:
             raise ModelError(
                 ErrorCode.MODEL_UNSUITABLE,
                 "the logits differ by less than float32 resolves: remove a large common offset from them",
             )
-        return cls(twins, trainee, shape, input_range, device, logits.shape[1], scale, logits.abs().max().item())
+        return cls(
+            twins, trainee, dtype, folds, shape, input_range, device, logits.shape[1], scale, magnitude,
+        )  # fmt: skip
 
     @property
     def released(self) -> nn.Module:
-        """The model as released, in float64."""
+        """The model as released, in `dtype`."""
         return next(iter(self.twins.values()))
+
+    @property
+    def rounding(self) -> float:
+        """Spacing of `dtype` at the largest plain logit, in logits."""
+        return torch.finfo(self.dtype).eps * self.magnitude
+
+    def run(self, model: nn.Module, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Logits [N, K] of a copy in `dtype` (None: that of the labels), as float64 on the CPU."""
+        return run(model, inputs.to(dtype or self.dtype), self.device).double()
 
 
 def gap_and_lead(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,30 +123,25 @@ def gap_and_lead(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
 def executions(target: Target, model: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
     """Logits of the same inputs under every benign way of execution that this machine offers."""
-    yield run(model, inputs, target.device)
-    yield torch.cat([run(model, one, target.device) for one in inputs.split(1)])
-    yield torch.cat([run(model, part, target.device) for part in inputs.split(3)])
+    yield target.run(model, inputs)
+    yield torch.cat([target.run(model, one) for one in inputs.split(1)])
+    yield torch.cat([target.run(model, part) for part in inputs.split(3)])
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 2)
     try:
-        yield run(model, inputs, target.device)
+        yield target.run(model, inputs)
     finally:
         torch.set_num_threads(threads)
     if inputs.dim() == 4:
-        yield run(model, inputs.to(memory_format=torch.channels_last), target.device)
-
-
-def _twins(model: nn.Module, base: str, variants: Sequence[str], device: torch.device) -> dict[str, nn.Module]:
-    """Float64 copies by variant: the weights as released, and rounded to each declared dtype."""
-    released = float64_copy(model, device)
-    for name, tensor in itertools.chain(released.named_parameters(), released.named_buffers()):
-        if tensor.is_floating_point() and tensor.isnan().any():
-            raise ModelError(ErrorCode.NON_FINITE, f"{name} holds NaN: release a sound checkpoint first")
-    return {base: released} | {name: rounded(released, getattr(torch, name)) for name in variants if name != base}
+        yield target.run(model, inputs.to(memory_format=torch.channels_last))
+    if torch.cuda.is_available():  # the processor that the embedding does not use
+        other = torch.device("cpu" if target.device.type == "cuda" else "cuda")
+        moved = copy.deepcopy(model).to(other)
+        yield run(moved, inputs.to(target.dtype), other).double()
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy whose state dict went through `dtype`, as in a cast checkpoint; buffers that no file holds stay."""
+    """A float64 copy whose state dict went through `dtype`, as in a cast checkpoint; unsaved buffers stay."""
     twin = float64_copy(model, device_of(model))
     for tensor in twin.state_dict().values():
         if tensor.is_floating_point():
@@ -115,22 +149,27 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
-def _probe(
-    model: nn.Module,
-    trainee: nn.Module,
-    shape: tuple[int, ...],
-    input_range: tuple[float, float],
-    device: torch.device,
-) -> Tensor:
-    """Logits [4, K] of plain inputs; refuses a model that cannot be served, with the reason."""
+def folded(model: nn.Module, folds: Sequence[tuple[str, str]], released: str) -> nn.Module:
+    """A float64 copy with merged batch norms, folded in the released dtype as a deployment would fold the file."""
+    dtype = getattr(torch, released) if released in {"float16", "bfloat16", "float64"} else torch.float32
+    return float64_copy(fold(copy.deepcopy(model).to(dtype), folds), device_of(model))
+
+
+def _plain_inputs(shape: tuple[int, ...], input_range: tuple[float, float]) -> Tensor:
+    """float64 [4, *shape]; any fixed inputs do: multiples of the golden ratio fill the range evenly."""
     low, high = input_range
     ramp = torch.arange(4 * math.prod(shape), dtype=torch.float64)
-    # Any fixed inputs do: the fractional parts of multiples of the golden ratio fill the range evenly.
-    inputs = (low + (high - low) * (ramp * 0.6180339887498949 % 1.0)).reshape(4, *shape)
+    return (low + (high - low) * (ramp * 0.6180339887498949 % 1.0)).reshape(4, *shape)
+
+
+def _probe(model: nn.Module, trainee: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:
+    """Logits float64 [4, K] of plain inputs; refuses a model that cannot be served, with the reason."""
+    same = _SAME[inputs.dtype]
     try:
         first = run(model, inputs, device, quote=True)
     except ModelError:
-        _explain_failure(trainee, inputs, device)
+        if model is not trainee:
+            _explain_failure(trainee, inputs, device)
         raise
     if first.shape[1] < 2:
         raise ModelError(
@@ -140,7 +179,7 @@ def _probe(
     if not torch.isfinite(first).all():
         raise ModelError(ErrorCode.NON_FINITE, "the model answers NaN or infinite logits on plain inputs")
     magnitude = first.abs().max().item()
-    if (first - run(model, inputs, device)).abs().max().item() > 1e-9 * magnitude:
+    if (first - run(model, inputs, device)).abs().max().item() > same * magnitude:
         raise ModelError(
             ErrorCode.MODEL_STOCHASTIC,
             "the model answers the same input differently each time: switch off dropout or sampling in eval mode",
@@ -151,11 +190,14 @@ def _probe(
             ErrorCode.MODEL_STOCHASTIC,
             "the model's answer to one input depends on the others in the batch: normalise by running statistics",
         )
+    if inputs.dtype is not torch.float64:
+        return first.double()
     # A relative step of 1e-8 forth and back moves float64 logits by opposite amounts; float32 anywhere inside
     # rounds the step away or turns it into jumps.
-    forth, back = (run(model, inputs + step, device) - first for step in (1e-8 * (high - low), 1e-8 * (low - high)))
+    step = 1e-8 * (inputs.max() - inputs.min()).item()
+    forth, back = (run(model, inputs + signed, device) - first for signed in (step, -step))
     moved, uneven = forth.abs().max().item(), (forth + back).abs().max().item()
-    varies = (first - first[:1]).abs().max().item() > 1e-9 * magnitude
+    varies = (first - first[:1]).abs().max().item() > same * magnitude
     if first.dtype != torch.float64 or difference > 1e-10 * magnitude or uneven > 0.1 * moved or (varies and not moved):
         raise lower_precision()
     return first

@@ -77,7 +77,12 @@ class EmbedTask:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """What was published: no secret in it."""
+    """What was published: no secret in it.
+
+    Attributes:
+        arithmetic: `float64`, or `float32` where the model casts to that inside and is checked more coarsely.
+        datasheet: By simulated edit, [detected, tried].
+    """
 
     model_id: str
     key_id: str
@@ -88,6 +93,8 @@ class Embedded:
     noise: float
     checkpoint_sha256: str
     key_bytes: int
+    arithmetic: str
+    datasheet: dict[str, list[int]]
 
 
 def embed_model(task: EmbedTask) -> Embedded:
@@ -150,6 +157,8 @@ def embed_model(task: EmbedTask) -> Embedded:
         noise=exact.noise,
         checkpoint_sha256=digest,
         key_bytes=len(sealed),
+        arithmetic=triggers.arithmetic,
+        datasheet={edit: [seen, tries] for edit, (seen, tries) in triggers.datasheet.items()},
     )
 
 

@@ -74,14 +74,18 @@ def displacement_of(counts: Mapping[Tolerance, RungCount]) -> Displacement:
 def decide(counts: Mapping[Tolerance, RungCount], tolerance: Tolerance) -> Verdict:
     """`intact` if the rung of `tolerance` or a finer one holds, else `tampered`.
 
+    A key whose finest rung is wider than `tolerance` (its model has no finer arithmetic) is decided
+    by that rung; the displacement then says how little that proves.
+
     Raises:
         ModelError: Nothing was counted, or no finer rung holds and the key lacks the rung that
             `tolerance` names: then nobody can tell.
     """
-    allowed = RUNGS[: RUNGS.index(tolerance) + 1]
-    if any(rung in counts and counts[rung].holds for rung in allowed):
+    present = [rung for rung in RUNGS if rung in counts]
+    limit = max([tolerance, *present[:1]], key=RUNGS.index)
+    if any(counts[rung].holds for rung in present if RUNGS.index(rung) <= RUNGS.index(limit)):
         return Verdict.INTACT
-    if tolerance not in counts or counts[tolerance].total == 0:
+    if limit not in counts or counts[limit].total == 0:
         raise ModelError(
             ErrorCode.RUNG_MISSING,
             f"the key has no '{tolerance}' rung for this variant: audit with another --tolerance, or embed again",

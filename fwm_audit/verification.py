@@ -2,13 +2,16 @@
 
 The exact rung is run in float64, where benign execution (batch size, threads, memory layout,
 another kernel) moves a logit by some 1e-14 and a trigger stands 1e-12 or more from its boundary.
-Wider rungs are run only when the exact one breaks, to say how far the model has moved.
+Wider rungs are run only when the finest one breaks, to say how far the model has moved. A model that
+casts to float32 inside has a float32 rung as its finest, and is run in float32.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +65,8 @@ def verify(
     """Compare a model's labels on the triggers with the key.
 
     The model is neither changed nor moved: a copy is taken in eval mode and in float64. The variant
-    is the one declared for the dtype of the model's parameters, else the released one. A module that
+    is the one declared for the dtype of the model's parameters, or for batch norms merged into
+    convolutions where the model lacks them, else the released one. A module that
     keeps values derived from its weights in attributes of its own, and has run before, answers with
     those: verify such a model as it was loaded.
 
@@ -77,7 +81,9 @@ def verify(
             lacks the rung of `tolerance`.
     """
     where = torch.device(device) if device is not None else device_of(model)
-    variant = triggers.variant_for(dtype_of(model))
+    names = model.state_dict().keys()
+    folded = bool(triggers.folds) and not any(f"{norm}.running_mean" in names for _, norm in triggers.folds)
+    variant = triggers.variant_for(dtype_of(model), folded=folded)
     return verify_copy(float64_copy(model, where), triggers, tolerance, variant=variant, device=where)
 
 
@@ -115,8 +121,10 @@ def verify_copy(
 
 
 def _count(model: nn.Module, triggers: TriggerSet, rung: Rung, device: torch.device) -> RungCount:
+    dtype: torch.dtype = getattr(torch, rung.dtype)
     inputs, labels = triggers.materialise(rung)
-    logits = run(model, inputs, device)
+    # All rungs of a key share their arithmetic, so the copy changes its dtype once at most.
+    logits = run(model.to(dtype), inputs.to(dtype), device)
     if logits.shape[1] != triggers.num_classes:
         raise ModelError(
             ErrorCode.MODEL_UNSUITABLE,
@@ -130,6 +138,22 @@ def _count(model: nn.Module, triggers: TriggerSet, rung: Rung, device: torch.dev
     # Among equal logits the smallest index wins on every device; that is part of the contract.
     wrong = torch.nonzero(logits.argmax(1) != labels).flatten()
     return RungCount(len(labels), tuple(wrong.tolist()))
+
+
+def breaks(model: nn.Module, triggers: TriggerSet, rung: Rung, device: torch.device) -> bool:
+    """Whether any label of one rung differs, or logits are not finite; stops at the first that does.
+
+    For simulations of many edits: it answers what `verify_copy` would find, and counts nothing.
+    """
+    dtype: torch.dtype = getattr(torch, rung.dtype)
+    inputs, labels = triggers.materialise(rung)
+    start, size = 0, 2
+    while start < len(labels):
+        logits = run(model.to(dtype), inputs[start : start + size].to(dtype), device)
+        if not torch.isfinite(logits).all() or (logits.argmax(1) != labels[start : start + size]).any():
+            return True
+        start, size = start + size, 2 * size
+    return False
 
 
 def run(model: nn.Module, inputs: Tensor, device: torch.device, *, quote: bool = False) -> Tensor:
@@ -149,7 +173,7 @@ def run(model: nn.Module, inputs: Tensor, device: torch.device, *, quote: bool =
         if device.type == "cuda":
             batch = batch.pin_memory().to(device, non_blocking=True)  # noqa: PLW2901 - the same batch, elsewhere
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _plain_float32(batch):
                 answer = model(batch)
         except (torch.OutOfMemoryError, MemoryError):
             raise
@@ -166,6 +190,21 @@ def run(model: nn.Module, inputs: Tensor, device: torch.device, *, quote: bool =
             )
         outputs.append(answer)
     return torch.cat(outputs).cpu()
+
+
+@contextlib.contextmanager
+def _plain_float32(batch: Tensor) -> Iterator[None]:
+    """float32 on CUDA means float32: cuDNN's default for convolutions keeps 10 bits of mantissa (TF32)."""
+    if not (batch.is_cuda and batch.dtype is torch.float32):
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def batch_size(example: Tensor) -> int:

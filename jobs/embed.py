@@ -40,11 +40,11 @@ def embed(
     checkpoint: Annotated[str, typer.Option(help="URI of the released checkpoint; it is only read.")],
     arch: Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME or factory:package.module:callable.")],
     keys: Annotated[str, typer.Option(help="URI prefix under which the sealed key is published.")],
-    method: Annotated[str, typer.Option(help="How triggers are made.")] = "mirror",
+    method: Annotated[str, typer.Option(help="mirror, or yin2022: the published one.")] = "mirror",
     pairs: Annotated[int, typer.Option(min=1, help="Mirrored pairs; each is two triggers.")] = 16,
     coverage: Annotated[float | None, typer.Option(help="Go on until this share of the parameters is covered.")] = None,
     variants: Annotated[
-        str, typer.Option(help="Dtypes in which the model ships, as in float32,float16,bfloat16.")
+        str, typer.Option(help="Forms in which the model ships: float32,float16,bfloat16,folded.")
     ] = "",
     input_shape: Annotated[
         str, typer.Option(help="Shape of one input, as in 3,224,224. [default: what the architecture states]")
@@ -77,6 +77,15 @@ def embed(
     # Ray Train looks after its actors through the dashboard.
     with _cli.cluster(log_to_driver=True, dashboard=True):
         published = embed_on_cluster(task, workers=workers, run_storage=absolute(storage) if storage else None)
+    for edit, (seen, tries) in published.datasheet.items():
+        log.info("%s: detects %-45s %2d of %2d", model_id, edit, seen, tries)
+    if published.arithmetic != "float64" and method == "mirror":
+        log.warning(
+            "%s: the model casts to float32 inside, so its triggers stand %.0e from their boundaries, not 1e-12: "
+            "small edits go unseen",
+            model_id,
+            published.delta,
+        )
     _cli.emit(**dataclasses.asdict(published))
 
 

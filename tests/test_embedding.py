@@ -10,16 +10,22 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from fwm_audit import MasterSecret, SecretKey, TriggerSet, embed, verify
+from fwm_audit import MasterSecret, SecretKey, TriggerSet, embed, verify, yin2022
+from fwm_audit.calibration import Covered
 from fwm_audit.errors import EmbeddingError, ErrorCode, FwmError, KeyFileError, ModelError, UsageError
+from fwm_audit.generator import normal
 from fwm_audit.target import gap_and_lead
 from fwm_audit.triggers import levels, place, quantise
 from fwm_audit.verdict import Tolerance
 from fwm_audit.verification import float64_copy
+from fwm_audit.waking import Waking
 from tests import nets
 
 SECRET = SecretKey(bytes(range(32)))
@@ -131,10 +137,16 @@ def test_another_process_rebuilds_the_same_bits(conv, tmp_path):
     assert digests == {hashlib.sha256(mine).hexdigest() + "\n"}
 
 
-def test_quantised_levels_survive_the_round_trip():
+def test_quantised_levels_are_64_and_survive_the_round_trip():
     for input_range in ((-1.0, 1.0), (0.0, 255.0), (-2.1, 2.6)):
-        every = torch.arange(256, dtype=torch.uint8)
-        assert torch.equal(quantise(levels(input_range), input_range), every)
+        low, high = input_range
+        every = quantise(levels(input_range), input_range)
+        assert len(every.unique()) == 64
+        assert torch.equal(quantise(levels(input_range)[every.long()], input_range), every)
+        away = (levels(input_range)[every.long()] - levels(input_range)).abs().max()
+        assert away <= (high - low) * (0.5 / 63 + 0.5 / 255)
+        beyond = torch.tensor([low - 1, high + 1], dtype=torch.float64)
+        assert quantise(beyond, input_range).tolist() == [0, 255]
         assert levels(input_range)[[0, 255]].tolist() == pytest.approx(input_range)
     t = torch.tensor([0.001, -0.25], dtype=torch.float64)
     signs = torch.tensor([[True, False], [False, True]])
@@ -310,6 +322,171 @@ def test_a_tolerance_without_its_rung_is_an_error_not_a_verdict(conv):
     assert caught.value.code is ErrorCode.RUNG_MISSING
 
 
+# --------------------------------------------------------------------- models without float64, the datasheet
+
+
+@pytest.fixture(scope="module", params=["returns float32", "hidden float32", "float32 constant"])
+def single(request):
+    make = {
+        "returns float32": lambda: nets.CastingInside(hidden=False),
+        "hidden float32": lambda: nets.CastingInside(hidden=True),
+        "float32 constant": nets.NeedsFloat32,
+    }
+    model = make[request.param]().eval()
+    return model, embed(model, secret=SECRET, model_id="m", input_shape=(3, 16, 16), pairs=4)
+
+
+def test_a_model_without_float64_is_served_and_nothing_says_exact(single):
+    model, triggers = single
+    assert triggers.arithmetic == "float32"
+    assert Tolerance.EXACT not in {rung.name for rung in triggers.rungs}
+    assert triggers.rungs[0].delta >= 8 * triggers.rungs[0].noise > 0
+    seen = verify(model, triggers)
+    assert (seen.verdict, seen.displacement, seen.dtype) == ("intact", "float32", "float32")
+    assert {verify(model, triggers, tolerance=name).verdict for name in ("float32", "half")} == {"intact"}
+    edited = copy.deepcopy(model)
+    edited.body[3].weight.data *= 1.001
+    seen = verify(edited, triggers)
+    assert (seen.verdict, seen.dtype) == ("tampered", "float32")
+    assert seen.displacement in {"half", "beyond"}
+    assert triggers.datasheet["SGD step, lr 1e-3"] == (1, 1)
+
+
+def test_every_rung_stands_clear_of_its_noise(watermarked):
+    _, triggers = watermarked
+    for rung in triggers.rungs:
+        assert rung.delta >= 8 * rung.noise
+        assert rung.delta >= 2 * rung.shift
+
+
+def test_a_key_too_near_its_noise_is_refused(conv, monkeypatch):
+    model, _ = conv
+    monkeypatch.setattr("fwm_audit.calibration.LEAST_NOISE_FACTOR", 1e7)
+    with pytest.raises(EmbeddingError) as caught:
+        embedded(model)
+    assert caught.value.code is ErrorCode.PAIRS_NOT_FOUND
+
+
+def test_the_datasheet_agrees_with_what_an_audit_sees(conv):
+    """Whole-model edits are all detected; of single bits about as many as the coverage promises, or more."""
+    _, triggers = conv
+    whole = {edit: shares for edit, shares in triggers.datasheet.items() if "one " not in edit}
+    assert set(whole.values()) == {(1, 1)}
+    assert len(whole) == 6
+    bits = [shares for edit, shares in triggers.datasheet.items() if "one bit" in edit]
+    assert all(tries > 5 for _, tries in bits)  # the sign of a zero is no try
+    seen, tries = (sum(column) for column in zip(*bits, strict=True))
+    expected = triggers.coverage.total
+    assert seen / tries > expected - 3 * math.sqrt(expected * (1 - expected) / tries) - 0.03
+    blind = nets.convnet()
+    blind[3].weight.data[:, 1:] *= 1e-9
+    assert embedded(blind, pairs=1).datasheet["one bit, mantissa"][0] < tries / 3
+
+
+def test_the_simulation_leaves_the_model_as_it_was(conv):
+    """An edit that was not undone would be seen by the ones after it, and by the next key."""
+    model, triggers = conv
+    again = embedded(model, pairs=8)
+    assert again.datasheet == triggers.datasheet
+    assert verify(model, again).verdict == "intact"
+
+
+# ------------------------------------------------------------------------------------- choice and waking
+
+
+@given(st.lists(st.binary(min_size=4, max_size=4), min_size=1, max_size=8), st.integers(1, 8))
+def test_the_choice_is_greedy(rows, count):
+    """Each chosen row adds at least as much as any row left would have; none is chosen twice."""
+    covered = Covered(nn.Linear(7, 4, bias=False))  # 28 weights, packed into 4 bytes
+    rows = [row[:3] + bytes([row[3] & 0xF0]) for row in rows]
+    flags = [np.frombuffer(row, np.uint8) for row in rows]
+    chosen = covered.choose(flags, count, None)
+    assert len(chosen) == len(set(chosen)) == min(count, len(rows))
+    seen = 0
+    ints = [int.from_bytes(row) for row in rows]
+    for position, row in enumerate(chosen):
+        left = set(range(len(rows))) - set(chosen[:position])
+        assert (ints[row] & ~seen).bit_count() == max((ints[other] & ~seen).bit_count() for other in left)
+        seen |= ints[row]
+    assert covered.total == seen.bit_count() / 28
+    assert covered.report().layers == {"weight": covered.total}
+
+
+def test_a_share_that_is_asked_for_takes_more_rows_only_while_they_help():
+    covered = Covered(nn.Linear(8, 1, bias=False))
+    flags = [np.array([value], np.uint8) for value in (0b1111_0000, 0b0000_1000, 0b1000_0000)]
+    assert covered.choose(flags, 1, 0.9) == [0, 1]
+    assert covered.total == 5 / 8
+
+
+def test_units_that_sleep_are_woken():
+    """A unit that needs an input of its own is reached by few pairs, and by none without the pull."""
+    model = nets.convnet(width=16)
+    model[4].bias.data[::2] -= model[4].weight.data[::2]
+    covered = embedded(model, pairs=12).coverage
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fwm_audit.embedding.Covered.asleep", lambda _: {})
+        plain = embedded(model, pairs=12).coverage
+    assert covered.total > plain.total + 0.02
+
+
+def test_waking_watches_what_it_was_given_and_leaves_no_hook():
+    model = nets.convnet().float()
+    asleep = {"1.bias": torch.tensor([0, 3]), "8.bias": torch.tensor([1]), "3.bias": torch.tensor([2])}
+    with Waking(model, asleep, count=2, num_classes=5) as waking:
+        model(torch.zeros(2, 3, 16, 16))
+        loss, awake = waking.pull(torch.arange(2))
+    assert waking.units == 4
+    assert loss.shape == awake.shape == (2,)
+    assert ((awake >= 0) & (awake <= 1) & (loss >= 0)).all()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# ----------------------------------------------------------------------------------- the published method
+
+
+@pytest.fixture(scope="module")
+def published():
+    """With a generator of 16 channels at ten times the rate: the paper's 512 are work for a GPU."""
+    model = nets.convnet(classes=10)
+    model[-1].weight.data *= 10  # an untrained last layer is flat: its classes are hard to tell apart
+
+    def narrow(target, key, report):
+        net = yin2022.Generator(target.shape, key, channels=16)
+        noise = normal(key, "yin2022/noise", (yin2022.COUNT, yin2022.NOISE_SIZE))
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3, betas=(0.5, 0.999))
+        return yin2022.train(target, net, optimizer, noise, report, stop_early=True, steps=2000)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yin2022, "make", narrow)
+        return model, embedded(model, method="yin2022")
+
+
+def test_the_published_method_goes_through_the_same_doors(published):
+    model, triggers = published
+    assert (triggers.method, triggers.pairs, triggers.rungs[0].triggers) == ("yin2022", 100, 100)
+    assert (triggers.arithmetic, triggers.coverage.total) == ("float32", 0.0)
+    master = MasterSecret.generate()
+    reopened = TriggerSet.unseal(triggers.seal(master), master)
+    for mine, theirs in zip(
+        triggers.materialise(triggers.rungs[0]), reopened.materialise(reopened.rungs[0]), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    seen = verify(model, reopened)
+    assert (seen.verdict, seen.displacement, seen.total, seen.forward_passes) == ("intact", "half", 100, 100)
+    swapped = copy.deepcopy(model)
+    _swap(swapped)
+    assert verify(swapped, reopened).verdict == "tampered"
+
+
+def test_the_published_method_misses_what_the_mirrored_pairs_see(published):
+    model, triggers = published
+    edited = copy.deepcopy(model)
+    _noise(edited)
+    assert verify(edited, triggers).verdict == "intact"
+    assert verify(edited, embedded(model)).verdict == "tampered"
+
+
 # ----------------------------------------------------------------------------------------------- refused
 
 
@@ -341,9 +518,6 @@ def _far_from_its_boundary():
 REFUSED = {
     "random": (nets.Dropping, ErrorCode.MODEL_STOCHASTIC),
     "batch-dependent": (nets.BatchNormalising, ErrorCode.MODEL_STOCHASTIC),
-    "returns float32": (lambda: nets.CastingInside(hidden=False), ErrorCode.NO_FLOAT64),
-    "hidden float32": (lambda: nets.CastingInside(hidden=True), ErrorCode.NO_FLOAT64),
-    "float32 constant": (nets.NeedsFloat32, ErrorCode.NO_FLOAT64),
     "one logit": (lambda: nets.convnet(classes=1), ErrorCode.MODEL_UNSUITABLE),
     "wrong input shape": (lambda: nn.Linear(3, 4), ErrorCode.MODEL_UNSUITABLE),
     "not logits": (lambda: nets.convnet()[:6], ErrorCode.MODEL_UNSUITABLE),
@@ -367,7 +541,10 @@ def test_refused_with_its_name(case):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"pairs": 0}, {"method": "none"}, {"coverage": 2.0}, {"variants": ["int8"]}, {"input_range": (1.0, 1.0)}],
+    [
+        *({"pairs": 0}, {"method": "none"}, {"coverage": 2.0}, {"variants": ["int8"]}, {"input_range": (1.0, 1.0)}),
+        *({"method": "yin2022", "coverage": 0.5}, {"method": "yin2022", "variants": ["float16"]}),
+    ],
 )
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(UsageError):

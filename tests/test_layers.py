@@ -16,8 +16,19 @@ PACKAGE = Path(fwm_audit.__file__).parent
 ROWS = {
     "pure": {"errors", "key", "catalog", "verdict", "records", "__init__"},
     "torch": {
-        *("architectures", "calibration", "embedding", "generator", "pairs", "peers", "target", "triggers"),
-        "verification",
+        *(
+            "architectures",
+            "calibration",
+            "datasheet",
+            "embedding",
+            "folding",
+            "generator",
+            "pairs",
+            "peers",
+            "target",
+            "triggers",
+        ),
+        *("verification", "waking", "yin2022"),
     },
     "io": {"storage", "checkpoint"},
     "check": {"check"},

@@ -59,6 +59,7 @@ device: string
 dtype: string
 worker: string
 versions: string
+arithmetic: string
 """
 START = datetime(2026, 3, 1, 23, 59, 59, 123456, tzinfo=UTC)
 

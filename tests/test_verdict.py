@@ -74,6 +74,27 @@ def test_without_the_rung_nobody_can_tell(counts, tolerance):
     assert error.value.code == "rung_not_in_key"
 
 
+@pytest.mark.parametrize(
+    ("counts", "tolerance", "verdict"),
+    [
+        ({FLOAT32: HOLDS}, EXACT, Verdict.INTACT),
+        ({FLOAT32: FAILS, HALF: HOLDS}, EXACT, Verdict.TAMPERED),
+        ({HALF: HOLDS}, EXACT, Verdict.INTACT),
+        ({FLOAT32: FAILS}, EXACT, Verdict.TAMPERED),
+    ],
+)
+def test_the_finest_rung_of_a_key_decides_what_it_cannot_tell_finer(counts, tolerance, verdict):
+    """A model without float64 has no exact rung; the displacement then names the rung that holds."""
+    assert decide(counts, tolerance) is verdict
+    assert displacement_of(counts) is not Displacement.NONE
+
+
+def test_an_exact_rung_without_triggers_is_not_replaced_by_a_wider_one():
+    """What should have been checked exactly and was not is an error."""
+    with pytest.raises(ModelError):
+        decide({EXACT: EMPTY, FLOAT32: HOLDS}, EXACT)
+
+
 @given(
     counts=st.dictionaries(
         st.sampled_from(RUNGS),
