@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.fx.experimental.optimization import fuse
 
 from fwm_audit.architectures import build
 from fwm_audit.catalog import CatalogEntry
@@ -70,7 +71,7 @@ def world(tmp_path_factory):
         keys=str(folder / "keys"),
         base=str(folder),
         pairs=4,
-        variants=("float16",),
+        variants=("float16", "folded"),
         allowed_factories=("tests",),
         master_key_file=str(folder / "master.key"),
     )
@@ -89,6 +90,7 @@ def test_the_released_file_is_intact_with_every_fact(world):
     assert (record.container, record.dtype, record.variant) == ("safetensors", "float32", "float32")
     assert (record.shard, record.attempt, record.worker, record.method) == (3, 1, "w", "mirror")
     assert "torch" in json.loads(record.versions)
+    assert record.arithmetic == "float64"
     assert min(record.fetch_ms, record.load_ms, record.verify_ms) >= 0
 
 
@@ -115,6 +117,50 @@ def test_a_declared_cast_is_intact_and_an_undeclared_one_is_not(world):
     assert world.audit("bf16.st").verdict == "tampered"
     tolerant = world.audit("bf16.st", settings={"tolerance": Tolerance.HALF})
     assert (tolerant.verdict, tolerant.displacement, tolerant.variant) == ("intact", "half", "float32")
+
+
+def test_a_declared_fold_is_intact_and_exactly_checked(world, tmp_path):
+    """As torch.fx folds the released model, which then has a bias more and a batch norm less."""
+    model = build(ARCH, ["tests"])
+    model.load_state_dict(world.state)
+    merged = {name: tensor.clone() for name, tensor in fuse(model).state_dict().items()}
+    assert "0.bias" in merged
+    assert not any(name.startswith("1.") for name in merged)
+    save_file(merged, world.folder / "folded.st")
+    record = world.audit("folded.st")
+    assert (record.verdict, record.variant, record.displacement) == ("intact", "folded", "none")
+    merged["3.weight"].view(torch.int32).view(-1)[17] ^= 1
+    save_file(merged, world.folder / "folded-flipped.st")
+    record = world.audit("folded-flipped.st")
+    assert (record.verdict, record.variant) == ("tampered", "folded")
+    # Stripped of its batch norms, the released file is no folded one.
+    stripped = {n: t for n, t in world.state.items() if n.partition(".")[0] not in {"1", "4"}}
+    save_file(stripped | {"0.bias": torch.zeros(8)}, world.folder / "stripped.st")
+    assert world.audit("stripped.st").verdict == "tampered"
+    save_file(stripped, world.folder / "short.st")
+    assert world.audit("short.st").error_code == "checkpoint_does_not_fit_arch"
+    save_file(merged | {"0.bias": torch.full((8,), torch.nan)}, world.folder / "nan.st")
+    assert world.audit("nan.st").error_code == "non_finite"
+    # An architecture that has no such layers reports its own misfit.
+    record = world.audit("folded.st", arch="factory:tests.nets:perceptron")
+    assert record.error_code == "checkpoint_does_not_fit_arch"
+    assert "0.weight" in record.error_message
+    plain = _published(tmp_path, ARCH, world.state)
+    save_file(merged, tmp_path / "folded.st")
+    assert plain.audit("folded.st", arch="").error_code == "checkpoint_does_not_fit_arch"
+
+
+def test_a_model_without_float64_is_audited_in_float32_and_the_record_says_so(tmp_path):
+    arch = "factory:tests.nets:CastingInside?hidden=True"
+    state = build(arch, ["tests"]).state_dict()
+    world = _published(tmp_path, arch, state, input_shape=(3, 16, 16))
+    assert world.published.arithmetic == "float32"
+    record = world.audit(arch="")
+    assert (record.verdict, record.displacement, record.arithmetic) == ("intact", "float32", "float32")
+    state["body.8.weight"] *= 1.001
+    save_file(state, tmp_path / "edited.st")
+    record = world.audit("edited.st", arch="")
+    assert (record.verdict, record.arithmetic) == ("tampered", "float32")
 
 
 def test_one_flipped_bit_is_tampered(world):
