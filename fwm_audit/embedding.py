@@ -159,10 +159,12 @@ def _mirror(
 def _published(target: Target, secret: SecretKey, named: dict[str, Any], report: Report) -> TriggerSet:
     """The triggers of Yin et al., not yet confirmed: 100 inputs at the margin where their training stopped.
 
-    Their rung is called `half`: margins of tenths of a logit survive what half precision does to most
-    networks, and so tell no finer displacement. No parameter is covered to its last bit.
+    Their rung is called `half`, as such a key tells no finer displacement; its delta is the smallest
+    margin, which their stop rule leaves to chance. No parameter is covered to its last bit.
     """
-    inputs, labels = yin2022.make(target, secret, report)
+    peers = Peers.current()
+    # Hundreds of float32 steps end elsewhere on another processor: one rank makes the triggers for all.
+    inputs, labels = peers.gather(yin2022.make(target, secret, report) if peers.rank == 0 else None)[0]
     top = target.run(target.released, inputs).topk(2, 1).values
     rung = Rung(
         variant=next(iter(target.twins)),

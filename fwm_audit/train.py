@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import tempfile
 from dataclasses import dataclass
@@ -169,6 +170,9 @@ def embed_on_cluster(task: EmbedTask, *, workers: int, run_storage: str | None =
         FwmError: As `embed_model`, from whichever worker failed first.
         UsageError: As `embed_model`.
     """
+    # Ray's 60 s to start the workers are not enough where torch is read from a cold or a shared disk, and it
+    # would start all over again.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     resources = ray.cluster_resources()
     gpus = resources.get("GPU", 0) >= workers
     cpus = max(1, math.floor(resources.get("CPU", 1) / workers))

@@ -183,7 +183,7 @@ def train(
     raise EmbeddingError(
         ErrorCode.PAIRS_NOT_FOUND,
         f"{reached} of {len(noise)} triggers have their label after {steps} steps: the paper's generator does not "
-        "reach them on this model; allow more steps, or use method mirror",
+        "reach them on this model; use method mirror",
     )
 
 

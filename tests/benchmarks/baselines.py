@@ -1,0 +1,327 @@
+"""The methods compared: for each, inputs and the labels that the untouched model gives them.
+
+All baselines are checked as their papers do, in float32 by top-1 labels. Those that optimise real
+images start from the test images of lowest margin: nearer to a boundary than the random ones of their
+papers, so that fewer steps than published do not weaken them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fwm_audit import MasterSecret, SecretKey, TriggerSet, embed, verify
+from fwm_audit.errors import EmbeddingError, ErrorCode, ModelError, UsageError
+from tests.benchmarks.edits import Edited, generator, population
+from tests.benchmarks.networks import Network
+
+log = logging.getLogger(__name__)
+
+#: Triggers of each baseline but `yin2022`, which has the paper's 100: as many as 16 mirrored pairs.
+COUNT = 32
+#: Inputs of one float32 forward pass; part of a baseline's conditions, as its labels may depend on it.
+CHUNK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one method saw of one model.
+
+    Attributes:
+        detected: At least one label differs, or the model answers no finite numbers.
+        changed: Triggers whose label differs.
+        error: Code of an error in place of labels.
+    """
+
+    method: str
+    detected: bool
+    triggers: int
+    changed: int
+    forward_passes: int
+    displacement: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """Why the mirrored pairs did not see an edit.
+
+    Attributes:
+        reason: `no logit moved`, `moved less than delta`, or `moved more than delta`, which would be a
+            fault of the method.
+        moved: Largest change of the gap between the two classes of a trigger, in logits.
+    """
+
+    reason: str
+    moved: float
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Methods:
+    """Every method's triggers for one network.
+
+    Attributes:
+        mirror: Mirrored pairs of the released model.
+        declaring: As `mirror`, in a key that also declares float16 and bfloat16.
+        inputs: float32 [n, *input_shape] by baseline.
+        labels: int64 [n] by baseline.
+        logits: float64 [2p, K] of the untouched model on the mirrored pairs.
+        seconds: What making the triggers took, by method.
+        failed: Methods that could not be had, with the reason.
+    """
+
+    mirror: TriggerSet
+    declaring: TriggerSet
+    inputs: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    logits: Tensor
+    seconds: dict[str, float]
+    failed: dict[str, str]
+
+    @property
+    def delta(self) -> float:
+        """Distance of the mirrored pairs from their boundaries, in logits."""
+        return self.mirror.rungs[0].delta
+
+    def check(self, model: nn.Module, wanted: Collection[str], *, declared: bool = False) -> list[Seen]:
+        """What the wanted methods say of a model; no baseline can declare a dtype."""
+        found = [
+            _labelled(m, model, self.inputs[m], self.labels[m]) for m in self.inputs if m in wanted and not declared
+        ]
+        if "mirror" in wanted:
+            found.append(_verified("mirror", model, self.declaring if declared else self.mirror))
+        return found
+
+    def explain(self, model: nn.Module) -> Missed:
+        """Why an edited model passes: what its float64 logits on the mirrored pairs did."""
+        logits = exact_logits(model, self.mirror)
+        _, labels = self.mirror.materialise(self.mirror.rungs[0])
+        classes = labels.view(-1, 2).repeat_interleave(2, 0)
+        moved = (_gaps(logits, classes) - _gaps(self.logits, classes)).abs().max().item()
+        if torch.equal(logits, self.logits):
+            return Missed("no logit moved", moved)
+        # Both sides stand within delta / 4 of delta, and a move this small may also be rounding.
+        return Missed("moved less than delta" if moved <= 1.25 * self.delta else "moved more than delta", moved)
+
+    def predicted(self, network: Network, edited: Edited) -> float | None:
+        """Share of the elements from which the edited one was drawn that the key says it covers."""
+        if not edited.population:
+            return None
+        sizes = {name: p.numel() for name, p in population(network.model, edited.population, network.head).items()}
+        covered = sum(self.mirror.coverage.layers[name] * size for name, size in sizes.items())
+        return covered / sum(sizes.values())
+
+
+def _gaps(logits: Tensor, classes: Tensor) -> Tensor:
+    return (logits.gather(1, classes[:, :1]) - logits.gather(1, classes[:, 1:])).squeeze(1)
+
+
+def _verified(method: str, model: nn.Module, triggers: TriggerSet) -> Seen:
+    try:
+        seen = verify(model, triggers)
+    except ModelError as error:
+        if error.code is not ErrorCode.NON_FINITE:
+            raise
+        total = triggers.rungs[0].triggers
+        return Seen(method, True, total, 0, total, "", str(error.code))
+    changed = len(seen.mismatched)
+    return Seen(method, seen.verdict != "intact", seen.total, changed, seen.forward_passes, str(seen.displacement))
+
+
+def _labelled(method: str, model: nn.Module, inputs: Tensor, labels: Tensor) -> Seen:
+    logits = forward(model, inputs)
+    finite = bool(torch.isfinite(logits).all())
+    changed = int((logits.argmax(1) != labels).sum())
+    # A server that returns labels would not tell NaN from a label: this is generous to the baselines.
+    error = "" if finite else str(ErrorCode.NON_FINITE)
+    return Seen(method, changed > 0 or not finite, len(labels), changed, len(labels), "", error)
+
+
+def forward(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Logits [n, K], float32."""
+    with torch.no_grad():
+        return torch.cat([model(part) for part in inputs.split(CHUNK)])
+
+
+def exact_logits(model: nn.Module, triggers: TriggerSet) -> Tensor:
+    """Logits [n, K] of the finest rung's triggers, in float64 and always in the same batches."""
+    inputs, _ = triggers.materialise(triggers.rungs[0])
+    twin = copy.deepcopy(model).double().eval()
+    with torch.no_grad():
+        return torch.cat([twin(part) for part in inputs.split(16)])
+
+
+# ----------------------------------------------------------------------------------------------- triggers
+
+
+def make(network: Network, cache: Path) -> Methods:
+    """Every method's triggers, from `cache` where they were made before: a resumed run needs the same ones."""
+    master_file = cache / "master.key"
+    master = MasterSecret.from_file(master_file) if master_file.exists() else MasterSecret.generate_file(master_file)
+    seconds: dict[str, float] = {}
+    failed: dict[str, str] = {}
+
+    def once(name: str, suffix: str, create: Callable[[Path], None]) -> Path:
+        """The file of that name, made unless it is there; beside it stands what that took."""
+        path = cache / f"{name.replace(' ', '-')}.{suffix}"
+        if not path.exists():
+            log.info("%s: making the triggers of %s", network.name, name)
+            started = time.monotonic()
+            create(path.with_suffix(".part"))
+            path.with_suffix(".seconds").write_text(f"{time.monotonic() - started:.1f}")
+            path.with_suffix(".part").replace(path)
+        seconds[name] = float(path.with_suffix(".seconds").read_text())
+        return path
+
+    def key(name: str, method: str, **settings) -> TriggerSet:
+        def create(path: Path) -> None:
+            embed(
+                network.model,
+                secret=SecretKey(hashlib.sha256(f"{network.name}/{name}".encode()).digest()),
+                model_id=network.name,
+                input_shape=network.input_shape,
+                input_range=network.input_range,
+                method=method,
+                arch=network.arch,
+                **settings,
+            ).save(path, master=master)
+
+        return TriggerSet.load(once(name, "fwmkey", create), master=master)
+
+    mirror = key("mirror", "mirror", pairs=network.pairs)
+    declaring = key("mirror with variants", "mirror", pairs=network.pairs // 2, variants=["float16", "bfloat16"])
+    inputs: dict[str, Tensor] = {}
+    labels: dict[str, Tensor] = {}
+    for method in network.methods:
+        if method in BASELINES:
+            draw = BASELINES[method]
+            path = once(method, "safetensors", lambda part, draw=draw: _save(draw(network), part))
+            inputs[method] = load_file(path)["inputs"]
+            labels[method] = forward(network.model, inputs[method]).argmax(1)
+        elif method == "yin2022":
+            try:
+                triggers = key("yin2022", "yin2022")
+            except (EmbeddingError, UsageError) as error:
+                failed[method] = str(error)
+                continue
+            raw, labels[method] = triggers.materialise(triggers.rungs[0])
+            inputs[method] = raw.float()
+    return Methods(mirror, declaring, inputs, labels, exact_logits(network.model, mirror), seconds, failed)
+
+
+def _save(inputs: Tensor, path: Path) -> None:
+    save_file({"inputs": inputs.contiguous()}, path)
+
+
+def _plain(network: Network) -> Tensor:
+    order = torch.randperm(len(network.test_images), generator=generator("plain images"))
+    return network.test_images[order[:COUNT]]
+
+
+def _lowest_margin(network: Network) -> Tensor:
+    """Those of all test images with the smallest difference between the two largest logits."""
+    top = forward(network.model, network.test_images).topk(2, 1).values
+    return network.test_images[(top[:, 0] - top[:, 1]).argsort()[:COUNT]]
+
+
+def _random_noise(network: Network) -> Tensor:
+    low, high = network.input_range
+    return low + (high - low) * torch.rand(COUNT, *network.input_shape, generator=generator("random noise"))
+
+
+def _ftg(network: Network) -> Tensor:
+    """Descent of the variance of softmax f, x <- clamp(x - eps sign grad) (Yin et al., arXiv 2305.09684).
+
+    The variance is that of one input's K probabilities. eps is a quarter of a grey level, a choice of
+    ours; the least variance met is kept.
+    """
+    low, high = network.input_range
+    eps = (high - low) / 255 / 4
+    x = _lowest_margin(network)
+    best, least = x.clone(), torch.full((COUNT,), torch.inf)
+    for _ in range(network.trigger_steps):
+        variance, gradient = _differentiate(network.model, x, lambda f: f.softmax(1).var(1, correction=0))
+        best, least = _keep(best, least, x, variance)
+        x = (x - eps * gradient.sign()).clamp(low, high)
+    return best
+
+
+def _ibsf(network: Network, k: int = 10) -> Tensor:
+    """Ascent of the entropy of the k largest probabilities (Bai et al., ICML 2024).
+
+    From the authors' code: SGD with learning rate 1 on pixels in [0, 1], within an L2 ball of radius 1
+    round the start, the largest entropy met is kept. They take 5,000 steps and k from 2 to K; their
+    sensitivity grows with k.
+    """
+    low, high = network.input_range
+    start = (_lowest_margin(network) - low) / (high - low)
+    u = start.clone()
+    best, least = u.clone(), torch.full((COUNT,), torch.inf)
+
+    def partial_entropy(logits: Tensor) -> Tensor:
+        logs = logits.log_softmax(1).topk(min(k, logits.shape[1]), 1).values
+        return (logs.exp() * logs).sum(1)
+
+    for _ in range(network.trigger_steps):
+        loss, gradient = _differentiate(network.model, low + (high - low) * u, partial_entropy)
+        best, least = _keep(best, least, u, loss)
+        away = u - (high - low) * gradient - start
+        length = away.flatten(1).norm(dim=1).clamp(min=1).view(-1, *[1] * (u.dim() - 1))
+        u = (start + away / length).clamp(0, 1)
+    return low + (high - low) * best
+
+
+def _sensitive_samples(network: Network) -> Tensor:
+    """Ascent of ||d f / d W||^2 for the last layer's weights W (He et al., CVPR 2019, arXiv 1808.03277).
+
+    The last layer is linear, f_j = W_j h + b_j, so the norm is K ||h||^2 and no second derivative is
+    needed. From the authors' code: Adam at 0.1 grey levels, clamped to images.
+    """
+    low, high = network.input_range
+    hidden: list[Tensor] = []
+    head = network.model.get_submodule(network.head)
+    hook = head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+    try:
+        x = _lowest_margin(network).clone().requires_grad_()
+        optimizer = torch.optim.Adam([x], 0.1 * (high - low) / 255)
+        for _ in range(network.trigger_steps):
+            hidden.clear()
+            network.model(x)
+            (x.grad,) = torch.autograd.grad(-hidden[0].flatten(1).square().sum(), x)
+            optimizer.step()
+            with torch.no_grad():
+                x.clamp_(low, high)
+        return x.detach()
+    finally:
+        hook.remove()
+
+
+def _differentiate(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Loss [n] of each input, and its gradient in the input."""
+    x = x.detach().requires_grad_()
+    values = loss(model(x))
+    return values.detach(), torch.autograd.grad(values.sum(), x)[0]
+
+
+def _keep(best: Tensor, least: Tensor, x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    better = values < least
+    return torch.where(better.view(-1, *[1] * (x.dim() - 1)), x, best), torch.where(better, values, least)
+
+
+BASELINES: dict[str, Callable[[Network], Tensor]] = {
+    "plain images": _plain,
+    "lowest margin": _lowest_margin,
+    "random noise": _random_noise,
+    "ftg": _ftg,
+    "ibsf": _ibsf,
+    "sensitive samples": _sensitive_samples,
+}
