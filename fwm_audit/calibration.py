@@ -106,12 +106,13 @@ def _wide_deltas(target: Target, pairs: Pairs) -> dict[Tolerance, tuple[float, f
 
 
 class Covered:
-    """Which parameters some chosen pair sees to the last bit, one bit for each element."""
+    """Which parameters some chosen pair sees to the last bit, one bit for each element, and the pairs' classes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = dict(model.named_parameters())
         self.sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
         self.seen: NDArray[np.uint8] = np.zeros(sum((size + 7) // 8 for size in self.sizes.values()), np.uint8)
+        self.classes: set[int] = set()
 
     def flags(self, target: Target, pairs: Pairs, delta: float) -> list[NDArray[np.uint8]]:
         """For each pair the parameters that it sees to the last bit, packed as `seen` is."""
@@ -144,21 +145,33 @@ class Covered:
                 tensor.requires_grad = False
         return rows
 
-    def choose(self, flags: list[NDArray[np.uint8]], count: int, share: float | None) -> list[int]:
-        """Indices of the rows that, added one by one, each cover most of what is still open.
+    def choose(
+        self, flags: list[NDArray[np.uint8]], classes: list[tuple[int, int]], count: int, share: float | None
+    ) -> list[int]:
+        """Indices of the pairs that, added one by one, each bring most: classes that stand nowhere yet, then coverage.
 
-        Chooses `count` rows, and more until `share` of the parameters is covered as long as that helps.
+        Chooses `count` pairs, and more until `share` of the parameters is covered as long as that helps.
+
+        Args:
+            flags: What each pair sees, packed as `seen` is.
+            classes: The two classes of each pair.
+            count: Pairs to choose.
+            share: Share of the parameters to cover, if any is asked for.
         """
         left = list(range(len(flags)))
         chosen: list[int] = []
         while left and (len(chosen) < count or (share is not None and self.total < share)):
-            gains = [int(np.bitwise_count(flags[row] & ~self.seen).sum()) for row in left]
-            best = left[int(np.argmax(gains))]
-            if len(chosen) >= count and max(gains) == 0:
+            gains = {
+                row: (len({*classes[row]} - self.classes), int(np.bitwise_count(flags[row] & ~self.seen).sum()))
+                for row in left
+            }
+            best = max(left, key=gains.__getitem__)
+            if len(chosen) >= count and gains[best] == (0, 0):
                 break
             left.remove(best)
             chosen.append(best)
             self.seen |= flags[best]
+            self.classes |= {*classes[best]}
         return chosen
 
     def asleep(self) -> dict[str, Tensor]:

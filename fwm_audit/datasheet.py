@@ -131,7 +131,8 @@ def _prune(copy: _Copy, _: torch.Generator) -> None:
     if not weights:
         return
     sizes = torch.cat([tensor.flatten().abs() for tensor in weights])
-    limit = sizes.kthvalue(max(1, len(sizes) // 1000)).values
+    sizes = sizes[sizes > 0]  # what is pruned already is no edit
+    limit = sizes.kthvalue(max(1, len(sizes) // 1000)).values if len(sizes) else 0
     for tensor in weights:
         tensor[tensor.abs() <= limit] = 0
 

@@ -16,7 +16,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fwm_audit import generator as gen
@@ -138,7 +140,8 @@ def _mirror(
 ) -> TriggerSet:
     """The mirrored pairs of `method.mirror`, not yet confirmed."""
     peers = Peers.current()
-    made, delta, noise, covered = _make_pairs(target, secret, pairs, coverage, peers, prepare, report)
+    search = _Search(target, secret, peers, prepare, report)
+    made, delta, noise, covered = _make_pairs(search, pairs, coverage, report)
     report(Progress("rungs", 0, 1))
     return TriggerSet(
         **named,
@@ -215,30 +218,17 @@ def _check_settings(
 
 
 def _make_pairs(
-    target: Target,
-    secret: SecretKey,
-    goal: int,
-    wanted_coverage: float | None,
-    peers: Peers,
-    prepare: Callable[[nn.Module], nn.Module] | None,
-    report: Report,
+    search: _Search, goal: int, wanted_coverage: float | None, report: Report
 ) -> tuple[Pairs, float, float, Covered]:
     """Pairs on the finest rung of every variant, with its delta and noise, and what they cover."""
-    stream = enumerate(gen.class_pairs(secret, target.num_classes))
-    net: nn.Module = gen.Generator(target.shape, target.range, secret).to(target.device)
-    net = prepare(net) if prepare is not None else net
-    optimizer = torch.optim.Adam(net.parameters(), 2e-3, betas=(0.5, 0.999))
-    covered = Covered(target.released)
-    kept: list[Pairs] = []
-    noise: float | None = None
-    delta = 0.0
-    fruitless = stale = rounds = 0
-    while (found := sum(map(len, kept))) < goal or covered.total < (wanted_coverage or 0.0):
+    covered = search.covered
+    fruitless = stale = 0
+    while (found := search.found) < goal or covered.total < (wanted_coverage or 0.0):
         if fruitless == 4:
             raise EmbeddingError(
                 ErrorCode.PAIRS_NOT_FOUND,
                 f"{found} of {goal} pairs found: the model cannot be steered to its class boundaries from inputs "
-                f"in {target.range}; check input_range, or ask for fewer pairs",
+                f"in {search.target.range}; check input_range, or ask for fewer pairs",
             )
         if found >= max(goal, MAX_PAIRS) or stale == 4:
             raise EmbeddingError(
@@ -246,48 +236,91 @@ def _make_pairs(
                 f"{found} pairs cover {covered.total:.4f} of the parameters, {wanted_coverage} was asked: "
                 "ask for less; weights that no input reaches (dead units) cannot be covered",
             )
-        missing = max(0, goal - found)
-        # A few at least, so that one hard pair is not tried alone again and again.
-        size = max(4, math.ceil(_CANDIDATES * missing)) if missing else BLOCK
-        # The first blocks are small: what they cover tells the later ones where to look.
-        size = min(size, BLOCK * peers.size, 8 * (rounds + 1) * peers.size)
-        rounds += 1
-        block = list(itertools.islice(stream, max(peers.size, size)))
-        numbers, classes = zip(*block[peers.rank :: peers.size], strict=True)
-        wanted = torch.tensor(classes)
-        draws = gen.noise(secret, list(numbers)).to(target.device)
-        inputs = train(target, net, optimizer, draws, wanted, len(block), peers, report)
-        inputs = refine(target, inputs, wanted, covered.asleep(), report)
-        mine = centre(target, inputs, torch.tensor(numbers), wanted)
-        if noise is None:
-            points = place(mine.images, mine.signs, mine.t, target.range)
-            measured = peers.gather((len(mine), measure_noise(target, target.released, points, mine.classes)))
-            if not any(count for count, _ in measured):
-                fruitless += 1
-                continue
-            noise = max(seen for _, seen in measured)
-            delta = finest_delta(target, noise)
-        mine = place_exact(target, mine, delta)
-        parts = peers.gather((mine, covered.flags(target, mine, delta)))
-        joined = Pairs.join([part for part, _ in parts])
-        flags = dict(
-            itertools.chain(*(zip(part.number.tolist(), seen, strict=True) for part, seen in parts)),
-        )
         before = covered.total
-        best = min(missing, math.ceil(len(joined) / _CANDIDATES))
-        rows = covered.choose([flags[number] for number in joined.number.tolist()], best, wanted_coverage)
-        chosen = joined.take(torch.tensor(sorted(rows), dtype=torch.int64))
+        chosen = search.extend(max(0, goal - found), wanted_coverage)
         stale = stale + 1 if found >= goal and covered.total < before + 1e-4 else 0
-        fruitless = 0 if len(chosen) else fruitless + 1
-        kept.append(chosen)
-        report(Progress("pairs", found + len(chosen), goal))
-    assert noise is not None
-    if covered.sizes and covered.total == 0 and target.dtype is torch.float64:
+        fruitless = 0 if chosen else fruitless + 1
+        report(Progress("pairs", search.found, goal))
+    if covered.sizes and covered.total == 0 and search.target.dtype is torch.float64:
         raise EmbeddingError(
             ErrorCode.COVERAGE_NOT_REACHED,
             "the pairs see no parameter to its last bit: the model's weights have no influence on its labels",
         )
-    return Pairs.join(kept), delta, noise, covered
+    return Pairs.join(search.kept), search.delta, search.noise, covered
+
+
+class _Search:
+    """The search for pairs, block after block of candidates; the same on every rank but for who makes which."""
+
+    def __init__(
+        self,
+        target: Target,
+        secret: SecretKey,
+        peers: Peers,
+        prepare: Callable[[nn.Module], nn.Module] | None,
+        report: Report,
+    ) -> None:
+        self.target, self.secret, self.peers, self.report = target, secret, peers, report
+        net: nn.Module = gen.Generator(target.shape, target.range, secret).to(target.device)
+        self.net = prepare(net) if prepare is not None else net
+        self.optimizer = torch.optim.Adam(self.net.parameters(), 2e-3, betas=(0.5, 0.999))
+        self.stream = enumerate(gen.class_pairs(secret, target.num_classes))
+        self.covered = Covered(target.released)
+        self.kept: list[Pairs] = []
+        self.noise = self.delta = 0.0
+        self.blocks = 0
+        #: Pairs by number that were made and not chosen.
+        self.left_out: dict[int, tuple[int, int]] = {}
+
+    @property
+    def found(self) -> int:
+        """Pairs kept so far."""
+        return sum(map(len, self.kept))
+
+    def extend(self, missing: int, wanted_coverage: float | None) -> int:
+        """Make a block of candidates and keep the best of them; returns how many."""
+        block = self._next_block(missing)
+        pairs, flags = self._candidates(block)
+        numbers = pairs.number.tolist()
+        edges = [block[number] for number in numbers]
+        share = math.ceil(len(pairs) / _CANDIDATES)
+        rows = self.covered.choose(flags, edges, min(missing, share), wanted_coverage)
+        self.left_out |= {number: block[number] for row, number in enumerate(numbers) if row not in rows}
+        self.kept.append(pairs.take(torch.tensor(sorted(rows), dtype=torch.int64)))
+        return len(rows)
+
+    def _next_block(self, missing: int) -> dict[int, tuple[int, int]]:
+        """Class pairs to try next, by number."""
+        # A few at least, so that one hard pair is not tried alone again and again.
+        size = max(4, math.ceil(_CANDIDATES * missing)) if missing else BLOCK
+        # The first blocks are small: what they cover tells the later ones where to look.
+        size = max(self.peers.size, min(size, self.peers.size * min(BLOCK, 8 * (self.blocks + 1))))
+        self.blocks += 1
+        # Once K / 2 pairs are kept every class stands somewhere: no ring's edge is given up for its coverage.
+        again = [number for number, edge in self.left_out.items() if not self.covered.classes >= {*edge}][:size]
+        block = {number: self.left_out.pop(number) for number in again}
+        return block | dict(itertools.islice(self.stream, size - len(block)))
+
+    def _candidates(self, block: dict[int, tuple[int, int]]) -> tuple[Pairs, list[NDArray[np.uint8]]]:
+        """Those pairs of the block that can be made, from all ranks, and the parameters that each sees."""
+        target, peers = self.target, self.peers
+        numbers, classes = zip(*list(block.items())[peers.rank :: peers.size], strict=True)
+        wanted = torch.tensor(classes)
+        draws = gen.noise(self.secret, list(numbers)).to(target.device)
+        inputs = train(target, self.net, self.optimizer, draws, wanted, len(block), peers, self.report)
+        inputs = refine(target, inputs, wanted, self.covered.asleep(), self.report)
+        mine = centre(target, inputs, torch.tensor(numbers), wanted)
+        if not self.delta:
+            points = place(mine.images, mine.signs, mine.t, target.range)
+            measured = peers.gather((len(mine), measure_noise(target, target.released, points, mine.classes)))
+            if any(count for count, _ in measured):
+                self.noise = max(seen for _, seen in measured)
+                self.delta = finest_delta(target, self.noise)
+        mine = place_exact(target, mine, self.delta)
+        parts = peers.gather((mine, self.covered.flags(target, mine, self.delta)))
+        flags = {number: seen for part, rows in parts for number, seen in zip(part.number.tolist(), rows, strict=True)}
+        # Joined pairs stand in the order of their numbers.
+        return Pairs.join([part for part, _ in parts]), [flags[number] for number in sorted(flags)]
 
 
 def _environment(device: torch.device) -> dict[str, str]:

@@ -394,20 +394,29 @@ def test_the_simulation_leaves_the_model_as_it_was(conv):
 # ------------------------------------------------------------------------------------- choice and waking
 
 
-@given(st.lists(st.binary(min_size=4, max_size=4), min_size=1, max_size=8), st.integers(1, 8))
-def test_the_choice_is_greedy(rows, count):
-    """Each chosen row adds at least as much as any row left would have; none is chosen twice."""
+EDGES = st.tuples(st.integers(0, 3), st.integers(4, 7))
+
+
+@given(st.lists(st.tuples(st.binary(min_size=4, max_size=4), EDGES), min_size=1, max_size=8), st.integers(1, 8))
+def test_the_choice_is_greedy(pairs, count):
+    """Each pair chosen brings at least as much as any pair left would have; none is chosen twice."""
+    rows, edges = zip(*pairs, strict=True)
     covered = Covered(nn.Linear(7, 4, bias=False))  # 28 weights, packed into 4 bytes
     rows = [row[:3] + bytes([row[3] & 0xF0]) for row in rows]
     flags = [np.frombuffer(row, np.uint8) for row in rows]
-    chosen = covered.choose(flags, count, None)
+    chosen = covered.choose(flags, list(edges), count, None)
     assert len(chosen) == len(set(chosen)) == min(count, len(rows))
-    seen = 0
+    seen, stood = 0, set()
     ints = [int.from_bytes(row) for row in rows]
+
+    def brings(row):
+        return len({*edges[row]} - stood), (ints[row] & ~seen).bit_count()
+
     for position, row in enumerate(chosen):
-        left = set(range(len(rows))) - set(chosen[:position])
-        assert (ints[row] & ~seen).bit_count() == max((ints[other] & ~seen).bit_count() for other in left)
+        assert brings(row) == max(brings(other) for other in set(range(len(rows))) - set(chosen[:position]))
         seen |= ints[row]
+        stood |= {*edges[row]}
+    assert covered.classes == stood
     assert covered.total == seen.bit_count() / 28
     assert covered.report().layers == {"weight": covered.total}
 
@@ -415,8 +424,17 @@ def test_the_choice_is_greedy(rows, count):
 def test_a_share_that_is_asked_for_takes_more_rows_only_while_they_help():
     covered = Covered(nn.Linear(8, 1, bias=False))
     flags = [np.array([value], np.uint8) for value in (0b1111_0000, 0b0000_1000, 0b1000_0000)]
-    assert covered.choose(flags, 1, 0.9) == [0, 1]
+    assert covered.choose(flags, [(0, 1)] * 3, 1, 0.9) == [0, 1]
     assert covered.total == 5 / 8
+
+
+def test_half_as_many_pairs_as_classes_involve_every_class():
+    """No edge of the first ring is given up for the coverage of another."""
+    model = nn.Linear(64, 60)
+    nn.init.orthogonal_(model.weight, generator=torch.Generator().manual_seed(0))  # any two classes can lead
+    model.input_shape = (64,)
+    triggers = embedded(model, pairs=30)
+    assert sorted(triggers.classes.flatten().tolist()) == list(range(60))
 
 
 def test_units_that_sleep_are_woken():
