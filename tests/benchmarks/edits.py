@@ -336,6 +336,8 @@ EDITS = _all_edits()
 
 def applicable(edit: Edit, network: Network) -> bool:
     """Whether the network has what this edit edits: without batch norm, `train` mode is `eval` mode."""
+    if network.populations:
+        return edit.family == "single bit or weight" and edit.name.endswith(network.populations)
     if edit.family == "batch norm statistics" or (edit.family == "SGD, train mode" and edit.name != "epoch"):
         return bool(_batch_norms(network.model))
     return True
