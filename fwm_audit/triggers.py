@@ -31,7 +31,9 @@ from fwm_audit.errors import ErrorCode, KeyFileError
 from fwm_audit.key import MasterSecret, read_header
 from fwm_audit.verdict import Tolerance
 
-FORMAT: Final = 1
+#: Format 2 added a rung's `shift`, `folds` and `datasheet`.
+FORMAT: Final = 2
+_READABLE: Final = (1, 2)
 #: Name of the variant whose batch norms are merged into its convolutions; the others are named by their dtype.
 FOLDED: Final = "folded"
 
@@ -206,10 +208,10 @@ class TriggerSet:
             KeyFileError: Altered, sealed with another master secret, or of another format.
         """
         header = read_header(data).values
-        if header.get("format") != FORMAT:
+        if header.get("format") not in _READABLE:
             raise KeyFileError(
                 ErrorCode.KEY_UNREADABLE,
-                f"the key has format {header.get('format')}, this release reads {FORMAT}: upgrade fwm-audit",
+                f"the key has format {header.get('format')}, this release reads up to {FORMAT}: upgrade fwm-audit",
             )
         triggers = cls._unpack(zlib.decompress(master.open(data)))
         # The header was authenticated as associated data; agreement is a matter of our own writing.
@@ -250,7 +252,7 @@ class TriggerSet:
         rungs = tuple(
             Rung(
                 values["variant"], Tolerance(values["name"]), values["delta"], values["noise"], values["dtype"],
-                tensors[f"rung.{number}.index"].long(), tensors[f"rung.{number}.t"], values["shift"],
+                tensors[f"rung.{number}.index"].long(), tensors[f"rung.{number}.t"], values.get("shift", 0.0),
             )
             for number, values in enumerate(meta.pop("rungs"))
         )  # fmt: skip
@@ -264,8 +266,8 @@ class TriggerSet:
                 "signs": torch.from_numpy(signs).bool().reshape(len(packed), *shape),
                 "rungs": rungs,
                 "coverage": Coverage(**meta["coverage"]),
-                "folds": tuple((convolution, norm) for convolution, norm in meta["folds"]),
-                "datasheet": {edit: (seen, tries) for edit, (seen, tries) in meta["datasheet"].items()},
+                "folds": tuple((convolution, norm) for convolution, norm in meta.get("folds", ())),
+                "datasheet": {edit: (seen, tries) for edit, (seen, tries) in meta.get("datasheet", {}).items()},
             }
         )
 

@@ -9,6 +9,7 @@ import io
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from tests import nets
 
 SECRET = SecretKey(bytes(range(32)))
 CPU = torch.device("cpu")
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def embedded(model, **settings):
@@ -111,6 +113,31 @@ def test_a_sealed_key_comes_back_bit_for_bit(watermarked, tmp_path):
     with pytest.raises(KeyFileError) as caught:
         TriggerSet.load(tmp_path / "missing", master=master)
     assert caught.value.code is ErrorCode.KEY_MISSING
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_keys_of_every_format_still_verify(number):
+    """Sealed by the release that introduced the format, for a perceptron whose weights are sines."""
+    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+    for position, parameter in enumerate(model.parameters()):
+        steps = torch.arange(parameter.numel(), dtype=torch.float64) + 10 * position
+        parameter.data = torch.sin(1.7 * steps).reshape(parameter.shape).float()
+    master = MasterSecret(bytes(range(32, 64)))
+    triggers = TriggerSet.load(GOLDEN / f"key-format-{number}.fwmkey", master=master)
+    assert (triggers.model_id, triggers.pairs, triggers.variants) == ("golden", 4, ("float32", "float16"))
+    assert verify(model, triggers).verdict == "intact"
+    assert verify(copy.deepcopy(model).half(), triggers).variant == "float16"
+    model[0].weight.data[1, 1] = torch.nextafter(model[0].weight.data[1, 1], torch.tensor(9.0))
+    assert verify(model, triggers).verdict == "tampered"
+
+
+def test_a_key_of_a_later_format_says_what_to_do(conv):
+    _, triggers = conv
+    master = MasterSecret.generate()
+    sealed = master.seal(b"", {"format": 3, "model_id": "m", "key_id": "0" * 16})
+    with pytest.raises(KeyFileError, match="upgrade"):
+        TriggerSet.unseal(sealed, master)
+    assert TriggerSet.unseal(triggers.seal(master), master).key_id == triggers.key_id
 
 
 def test_another_process_rebuilds_the_same_bits(conv, tmp_path):
