@@ -113,7 +113,7 @@ def _sgd(rate: float, mode: str) -> Apply:
     def apply(model: nn.Module, network: Network, seed: int) -> Iterator[Edited]:
         draws = generator("sgd", rate, mode, seed)
         optimizer = torch.optim.SGD(model.parameters(), rate)
-        last = STEPS[-1] if seed < network.long_tries and rate in network.long_rates else STEPS[-2]
+        last = STEPS[-1] if seed < network.long_tries else STEPS[-2]
         for step in range(1, last + 1):
             _step(model.train(mode == "train"), optimizer, *_batch(network, draws, network.batch))
             if step in STEPS:
