@@ -115,6 +115,54 @@ def test_a_sealed_key_comes_back_bit_for_bit(watermarked, tmp_path):
     assert caught.value.code is ErrorCode.KEY_MISSING
 
 
+def test_the_default_budget_costs_32_passes():
+    model = nets.convnet(classes=10)
+    seen = verify(model, embed(model, secret=SECRET, model_id="m", input_shape=(3, 16, 16)))
+    assert (seen.verdict, seen.total, seen.forward_passes, seen.dtype) == ("intact", 32, 32, "float64")
+
+
+class LabelsOnly(nn.Module):
+    """Serves a model as an endpoint that returns labels."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        logits = self.model(x)
+        return nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(x.dtype)
+
+
+def test_labels_are_all_that_counts(watermarked):
+    model, triggers = watermarked
+    edited = copy.deepcopy(model)
+    _noise(edited)
+    assert verify(LabelsOnly(model), triggers) == verify(model, triggers)
+    assert verify(LabelsOnly(edited), triggers) == verify(edited, triggers)
+    assert verify(LabelsOnly(edited), triggers).verdict == "tampered"
+
+
+def test_16_pairs_of_the_least_compressible_images_take_at_most_2600_kb(conv):
+    """At 3 x 224 x 224, with images and masks of pure noise."""
+    _, triggers = conv
+    shape = (16, 3, 224, 224)
+    random = torch.Generator().manual_seed(0)
+    exact = triggers.rungs[0]
+    rungs = tuple(
+        dataclasses.replace(exact, index=torch.arange(16), t=torch.randn(16, 2, generator=random).double())
+        for _ in range(9)
+    )
+    large = dataclasses.replace(
+        triggers,
+        input_shape=shape[1:],
+        classes=torch.zeros(16, 2, dtype=torch.int64),
+        images=quantise(2 * torch.rand(shape, generator=random) - 1, (-1.0, 1.0)),
+        signs=torch.rand(shape, generator=random) < 0.5,
+        rungs=rungs,
+    )
+    assert len(large.seal(MasterSecret.generate())) <= 2_600_000
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_keys_of_every_format_still_verify(number):
     """Sealed by the release that introduced the format, for a perceptron whose weights are sines."""
