@@ -81,8 +81,9 @@ def verify(
             lacks the rung of `tolerance`.
     """
     where = torch.device(device) if device is not None else device_of(model)
-    names = model.state_dict().keys()
-    folded = bool(triggers.folds) and not any(f"{norm}.running_mean" in names for _, norm in triggers.folds)
+    # By the ends of the names: wrappers such as data-parallel ones put their own before them.
+    statistics = tuple(f"{norm}.running_mean" for _, norm in triggers.folds)
+    folded = bool(statistics) and not any(name.endswith(statistics) for name in model.state_dict())
     variant = triggers.variant_for(dtype_of(model), folded=folded)
     return verify_copy(float64_copy(model, where), triggers, tolerance, variant=variant, device=where)
 

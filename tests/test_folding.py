@@ -112,7 +112,9 @@ def test_what_another_tool_folded_is_intact_and_exactly_checked(shipped):
     model, triggers, merged = shipped
     seen = verify(merged, triggers)
     assert (seen.verdict, seen.variant, seen.displacement) == ("intact", "folded", "none")
-    assert verify(model, triggers).variant == "float32"
+    for same in (model, nn.DataParallel(model)):
+        assert (verify(same, triggers).verdict, verify(same, triggers).variant) == ("intact", "float32")
+    assert verify(nn.DataParallel(merged), triggers).variant == "folded"
     edited = copy.deepcopy(merged)
     weight = dict(edited.named_parameters())["3.weight"].data.view(-1)
     weight[3] = torch.nextafter(weight[3], torch.tensor(9.0))
