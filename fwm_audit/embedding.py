@@ -63,8 +63,8 @@ def embed(
 ) -> TriggerSet:
     """A trigger set that reveals any edit of the model's function; the model is only read.
 
-    A model that casts to float32 inside gets a float32 rung as its finest, some 1e-4 from its
-    boundaries instead of 1e-12; `TriggerSet.arithmetic` says so.
+    A model that casts to float32 inside gets a float32 rung as its finest, whose delta is 32 times the
+    noise of float32; `TriggerSet.arithmetic` says so.
 
     Args:
         model: Deterministic classifier from float inputs [N, *input_shape] to logits [N, K].

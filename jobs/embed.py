@@ -81,8 +81,8 @@ def embed(
         log.info("%s: detects %-45s %2d of %2d", model_id, edit, seen, tries)
     if published.arithmetic != "float64" and method == "mirror":
         log.warning(
-            "%s: the model casts to float32 inside, so its triggers stand %.0e from their boundaries, not 1e-12: "
-            "small edits go unseen",
+            "%s: the model casts to float32 inside, so its triggers stand %.0e from their boundaries instead of "
+            "some 1e-12: small edits go unseen",
             model_id,
             published.delta,
         )
