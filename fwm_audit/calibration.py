@@ -105,6 +105,12 @@ def _wide_deltas(target: Target, pairs: Pairs) -> dict[Tolerance, tuple[float, f
     return {name: (factor * seen, seen) for name, (factor, seen) in shifts.items() if 0 < seen < math.inf}
 
 
+def last_bit(values: Tensor) -> Tensor:
+    """What the lowest mantissa bit of each value is worth in float32, in the dtype of the values; 0 for zeros."""
+    mantissa, exponent = torch.frexp(values)  # |mantissa| in [1/2, 1): 24 bits, the first of them implied
+    return torch.where(mantissa == 0, 0.0, torch.ldexp(torch.ones_like(values), exponent - 24))
+
+
 class Covered:
     """Which parameters some chosen pair sees to the last bit, one bit for each element, and the pairs' classes."""
 
@@ -131,7 +137,7 @@ class Covered:
                     np.concatenate(
                         [
                             np.packbits(
-                                ((gradient * tensor.detach()).abs() * 2.0**-23 > delta).flatten().cpu().numpy()
+                                ((gradient * last_bit(tensor.detach())).abs() > delta).flatten().cpu().numpy()
                                 if gradient is not None
                                 else np.zeros(tensor.numel(), bool)
                             )

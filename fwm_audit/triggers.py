@@ -73,8 +73,8 @@ class Rung:
 class Coverage:
     """Share of parameters whose smallest edit the exact rung sees, in total and by parameter tensor.
 
-    A parameter counts when |d gap / d theta| * |theta| * 2^-23, one unit in the last place of
-    float32, moves the gap of some pair by more than delta.
+    A parameter counts when |d gap / d theta| times the worth of its last mantissa bit in float32 is
+    more than delta for some pair.
     """
 
     total: float

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fwm_audit import MasterSecret, SecretKey, TriggerSet, embed, verify, yin2022
-from fwm_audit.calibration import Covered
+from fwm_audit.calibration import Covered, last_bit
 from fwm_audit.errors import EmbeddingError, ErrorCode, FwmError, KeyFileError, ModelError, UsageError
 from fwm_audit.generator import normal
 from fwm_audit.target import gap_and_lead
@@ -320,8 +320,7 @@ def test_one_flipped_bit_is_seen_as_often_as_the_coverage_says(pairs):
         parameter[index] = kept
     assert verify(model, triggers).verdict == "intact"
     expected = triggers.coverage.total
-    # Three standard deviations and what the definition leaves open: the last bit is worth half a unit of 2^-23 to one.
-    assert abs(seen / tries - expected) < 3 * math.sqrt(expected * (1 - expected) / tries) + 0.03
+    assert abs(seen / tries - expected) < 3 * math.sqrt(expected * (1 - expected) / tries)
 
 
 # ------------------------------------------------------------------------------------- correctly ignored
@@ -510,6 +509,16 @@ def test_half_as_many_pairs_as_classes_involve_every_class():
     model.input_shape = (64,)
     triggers = embedded(model, pairs=30)
     assert sorted(triggers.classes.flatten().tolist()) == list(range(60))
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
+def test_the_last_bit_is_worth_what_flipping_it_does(values):
+    weights = torch.tensor(values)
+    flipped = (weights.view(torch.int32) ^ 1).view(torch.float32)
+    normal = weights.abs() >= torch.finfo(torch.float32).tiny
+    worth = last_bit(weights.double())
+    assert torch.equal(worth[normal], (flipped.double() - weights.double()).abs()[normal])
+    assert (worth[weights == 0] == 0).all()
 
 
 def test_units_that_sleep_are_woken():
