@@ -78,7 +78,7 @@ def make_rungs(target: Target, pairs: Pairs, delta: float, noise: float, peers: 
             rows = everyone[peers.rank :: peers.size][good]
             parts = peers.gather((rows, torch.stack(sides, 1)[good]))
             index = torch.cat([part[0] for part in parts])
-            if len(index):
+            if 2 * len(index) >= max(1, len(pairs)):  # what a few pairs say of the distance is no rung
                 order = index.argsort()
                 t = torch.cat([part[1] for part in parts])[order]
                 rungs.append(Rung(variant, name, level, noise, dtype, index[order], t, shift))
@@ -115,7 +115,7 @@ class Covered:
     """Which parameters some chosen pair sees to the last bit, one bit for each element, and the pairs' classes."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
         self.sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
         self.seen: NDArray[np.uint8] = np.zeros(sum((size + 7) // 8 for size in self.sizes.values()), np.uint8)
         self.classes: set[int] = set()
@@ -124,8 +124,10 @@ class Covered:
         """For each pair the parameters that it sees to the last bit, packed as `seen` is."""
         inputs = place(pairs.images, pairs.signs, pairs.t, target.range).to(target.dtype)
         model = target.released
-        parameters = dict(model.named_parameters())
-        rows = []
+        parameters = self.parameters
+        rows: list[NDArray[np.uint8]] = []
+        if not parameters:
+            return [self.seen] * len(pairs)
         for tensor in parameters.values():
             tensor.requires_grad_()
         try:

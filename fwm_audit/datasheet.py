@@ -1,7 +1,7 @@
 """The datasheet of a key: simulated edits of the model, and how many of them the finest rung detects.
 
-Edits are made on a copy, in the precision of the released file, with randomness from the secret key.
-Only edits that change a stored value are counted as tries.
+Edits are made on a copy, in the dtype of the released file (float32 if that is mixed), with randomness
+from the secret key. Only edits that change a stored value are counted as tries.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -42,7 +43,7 @@ class _Copy:
     def __init__(self, target: Target, variant: str, secret: SecretKey) -> None:
         self.target = target
         self.model = target.released
-        self.parameters = dict(self.model.named_parameters())
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.is_floating_point()}
         dtype = getattr(torch, variant, None)
         self.dtype: torch.dtype = dtype if dtype in _LAYOUT else torch.float32
         low, high = target.range
@@ -55,26 +56,38 @@ class _Copy:
         tensor.copy_(value.to(self.dtype))
 
     def pick(self, random: torch.Generator) -> Tensor:
-        """One value of all parameters, drawn uniformly, as a view [1]."""
+        """One value of all parameters, drawn uniformly, as a view []."""
         number = int(torch.randint(sum(p.numel() for p in self.parameters.values()), (1,), generator=random))
         for tensor in self.parameters.values():
             if number < tensor.numel():
-                return tensor.view(-1)[number : number + 1]
+                return tensor[tuple(int(i) for i in np.unravel_index(number, tensor.shape))]
             number -= tensor.numel()
         raise AssertionError
 
-    def descend(self, names: set[str], rate: float) -> None:
-        """One step of gradient descent on cross-entropy of random inputs, batch norm in eval mode."""
-        chosen = [self.parameters[name] for name in names]
+    def descend(self, prefix: str, rate: float) -> bool:
+        """One step of gradient descent on cross-entropy of random inputs, batch norm in eval mode.
+
+        Args:
+            prefix: Of the names of the parameters that move.
+            rate: Learning rate.
+
+        Returns:
+            Whether any of them has a gradient.
+        """
+        chosen = [tensor for name, tensor in self.parameters.items() if name.startswith(prefix)]
+        if not chosen:
+            return False
         for tensor in chosen:
             tensor.requires_grad_()
         with torch.enable_grad():
             loss = functional.cross_entropy(self.model(self.inputs), self.labels)
-            gradients = torch.autograd.grad(loss, chosen, allow_unused=True)
+            used = loss.requires_grad
+            gradients = torch.autograd.grad(loss, chosen, allow_unused=True) if used else [None] * len(chosen)
         for tensor, gradient in zip(chosen, gradients, strict=True):
             tensor.requires_grad = False
             if gradient is not None:
                 self.put(tensor, tensor - rate * gradient)
+        return any(gradient is not None for gradient in gradients)
 
 
 def simulate(target: Target, triggers: TriggerSet, secret: SecretKey, report: Report) -> dict[str, tuple[int, int]]:
@@ -87,13 +100,13 @@ def simulate(target: Target, triggers: TriggerSet, secret: SecretKey, report: Re
     copy = _Copy(target, rung.variant, secret)
     seed = int.from_bytes(secret.stream("datasheet", 7), "little")
     plan = [(name, number) for name, (tries, _) in _EDITS.items() for number in range(tries)]
-    state = {name: tensor.clone() for name, tensor in copy.model.state_dict().items()}
+    now = dict(itertools.chain(copy.model.named_parameters(), copy.model.named_buffers()))
+    state = {name: tensor.detach().clone() for name, tensor in now.items()}
     mine = []
     with torch.no_grad():
-        for position in range(peers.rank, len(plan), peers.size):
+        for position in range(peers.rank, len(plan) if copy.parameters else 0, peers.size):
             name, _ = plan[position]
             _EDITS[name][1](copy, torch.Generator().manual_seed(seed + position))
-            now = copy.model.state_dict()
             changed = [key for key, tensor in now.items() if not torch.equal(tensor, state[key])]
             if changed:
                 forget(copy.model)
@@ -111,13 +124,17 @@ def simulate(target: Target, triggers: TriggerSet, secret: SecretKey, report: Re
 
 
 def _sgd(rate: float) -> Edit:
-    return lambda copy, _: copy.descend(set(copy.parameters), rate)
+    def edit(copy: _Copy, _: torch.Generator) -> None:
+        copy.descend("", rate)
+
+    return edit
 
 
 def _last_layer(copy: _Copy, _: torch.Generator) -> None:
     layers = [name for name, module in copy.model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    if layers:
-        copy.descend({name for name in copy.parameters if name.rpartition(".")[0] == layers[-1]}, 1e-6)
+    for name in reversed(layers):  # the last ones may be heads for training only
+        if copy.descend(f"{name}." if name else "", 1e-6):
+            return
 
 
 def _statistics(copy: _Copy, _: torch.Generator) -> None:
@@ -156,7 +173,7 @@ def _flip(part: int) -> Edit:
         bit = sum(widths[part + 1 :]) + int(torch.randint(widths[part], (1,), generator=random))
         value = copy.pick(random)
         # Shifted as a Python integer would overflow at the sign bit: the shift happens in the tensor's width.
-        mask = torch.ones(1, dtype=integer, device=value.device) << bit
+        mask = torch.ones((), dtype=integer, device=value.device) << bit
         copy.put(value, (value.to(copy.dtype).view(integer) ^ mask).view(copy.dtype))
 
     return edit

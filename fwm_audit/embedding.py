@@ -165,14 +165,21 @@ def _published(target: Target, secret: SecretKey, named: dict[str, Any], report:
     Their rung is called `half`, as such a key tells no finer displacement; its delta is the smallest
     margin, which their stop rule leaves to chance. No parameter is covered to its last bit.
     """
-    peers = Peers.current()
-    # Hundreds of float32 steps end elsewhere on another processor: one rank makes the triggers for all.
-    inputs, labels = peers.gather(yin2022.make(target, secret, report) if peers.rank == 0 else None)[0]
+    if Peers.current().size > 1:
+        raise UsageError("method yin2022 trains one generator on all its triggers: use one worker")
+    inputs, labels = yin2022.make(target, secret, report)
     top = target.run(target.released, inputs).topk(2, 1).values
+    delta = (top[:, 0] - top[:, 1]).min().item()
+    if delta < 64 * target.rounding:
+        raise EmbeddingError(
+            ErrorCode.PAIRS_NOT_FOUND,
+            f"a trigger of the paper's stands {delta:.0e} from its boundary, where float32 noise flips it: "
+            "use another secret, or method mirror",
+        )
     rung = Rung(
         variant=next(iter(target.twins)),
         name=Tolerance.HALF,
-        delta=(top[:, 0] - top[:, 1]).min().item(),
+        delta=delta,
         noise=0.0,
         dtype="float32",
         index=torch.arange(len(labels)),
@@ -224,7 +231,7 @@ def _make_pairs(
     covered = search.covered
     fruitless = stale = 0
     while (found := search.found) < goal or covered.total < (wanted_coverage or 0.0):
-        if fruitless == 4:
+        if fruitless == 4 and found < goal:
             raise EmbeddingError(
                 ErrorCode.PAIRS_NOT_FOUND,
                 f"{found} of {goal} pairs found: the model cannot be steered to its class boundaries from inputs "
@@ -296,7 +303,7 @@ class _Search:
         # The first blocks are small: what they cover tells the later ones where to look.
         size = max(self.peers.size, min(size, self.peers.size * min(BLOCK, 8 * (self.blocks + 1))))
         self.blocks += 1
-        # Once K / 2 pairs are kept every class stands somewhere: no ring's edge is given up for its coverage.
+        # K / 2 pairs are to involve every class: no edge of a ring that could be made is given up for coverage.
         again = [number for number, edge in self.left_out.items() if not self.covered.classes >= {*edge}][:size]
         block = {number: self.left_out.pop(number) for number in again}
         return block | dict(itertools.islice(self.stream, size - len(block)))

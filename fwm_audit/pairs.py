@@ -134,8 +134,9 @@ def _refine(target: Target, inputs: Tensor, classes: Tensor, waking: Waking, rep
     todo = torch.arange(count, device=inputs.device)
     for number in range(_REFINE_STEPS):
         batch = inputs[todo].requires_grad_()
+        waking.watch(todo)
         gap, lead = gap_and_lead(target.trainee(batch), classes[todo.cpu()])
-        pull, awake = waking.pull(todo.cpu())
+        pull, awake = waking.pull()
         each = torch.relu(0.3 - lead / target.scale) + 0.5 * gap.abs() / target.scale + _PULL * pull.to(gap.device)
         (gradient,) = torch.autograd.grad(each.sum(), batch)
         with torch.no_grad():

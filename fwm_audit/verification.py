@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,11 +81,21 @@ def verify(
             lacks the rung of `tolerance`.
     """
     where = torch.device(device) if device is not None else device_of(model)
-    # By the ends of the names: wrappers such as data-parallel ones put their own before them.
-    statistics = tuple(f"{norm}.running_mean" for _, norm in triggers.folds)
-    folded = bool(statistics) and not any(name.endswith(statistics) for name in model.state_dict())
-    variant = triggers.variant_for(dtype_of(model), folded=folded)
+    variant = triggers.variant_for(dtype_of(model), folded=_is_folded(set(model.state_dict()), triggers.folds))
     return verify_copy(float64_copy(model, where), triggers, tolerance, variant=variant, device=where)
+
+
+def _is_folded(names: set[str], folds: Sequence[tuple[str, str]]) -> bool:
+    """Whether these names of a state dict have the folded layers without the batch norms behind them."""
+    if not folds:
+        return False
+    first = f"{folds[0][0]}.weight"
+    # Wrappers such as data-parallel ones put a prefix of theirs before all names.
+    prefixes = (name.removesuffix(first) for name in names if name == first or name.endswith(f".{first}"))
+    for prefix in sorted(prefixes, key=len):
+        if all(f"{prefix}{layer}.weight" in names for layer, _ in folds):
+            return not any(f"{prefix}{norm}.running_mean" in names for _, norm in folds)
+    return False
 
 
 def verify_copy(

@@ -32,6 +32,7 @@ class Waking:
 
     def __init__(self, model: nn.Module, asleep: Mapping[str, Tensor], count: int, num_classes: int) -> None:
         self._seen: list[tuple[Tensor, Tensor]] = []  # per layer: values [n, units], mine [count, units]
+        self._rows = torch.arange(count)
         self._hooks = []
         self.units = 0
         for name, units in asleep.items():
@@ -53,13 +54,19 @@ class Waking:
         for hook in self._hooks:
             hook.remove()
 
-    def pull(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What the latest pass leaves to do, for its inputs, which have these numbers.
+    def watch(self, rows: Tensor) -> None:
+        """The next pass is of the inputs with these numbers, int64 [n]."""
+        self._rows = rows.cpu()
+        self._seen.clear()
+
+    def pull(self) -> tuple[Tensor, Tensor]:
+        """What the latest pass leaves to do for each of its inputs.
 
         Returns:
             Loss [n], the mean over an input's units of how far they are from awake, and the share [n]
             of its units that are awake; 0 and 1 for an input without units.
         """
+        rows = self._rows
         loss = torch.zeros(len(rows))
         awake, units = torch.zeros(len(rows)), torch.zeros(len(rows))
         for values, mine in self._seen:
@@ -67,11 +74,12 @@ class Waking:
             loss = loss.to(values.device) + (functional.relu(_MARGIN - values) * chosen).sum(1)
             awake = awake.to(values.device) + ((values > 0) & chosen).sum(1)
             units = units.to(values.device) + chosen.sum(1)
-        self._seen.clear()
         return loss / units.clamp_min(1), torch.where(units > 0, awake / units.clamp_min(1), 1.0)
 
     def _keep(self, output: Tensor, channel: int, units: Tensor, mine: Tensor) -> None:
-        spread = output.detach().std().clamp_min(1e-12)
+        if len(output) != len(self._rows):
+            return  # windows or tokens stand where inputs do elsewhere: whose they are cannot be told
+        spread = output.detach().std(correction=0).clamp_min(1e-12)
         values = output.movedim(channel, 1).index_select(1, units.to(output.device)) / spread
         self._seen.append((values.flatten(2).amax(2) if values.dim() > 2 else values, mine))
 
@@ -79,6 +87,8 @@ class Waking:
         """Before the activation that some batch norms carry: at zero behind it there is no slope to follow."""
 
         def hook(module: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+            if not inputs:
+                return
             normalised = functional.batch_norm(
                 inputs[0], module.running_mean, module.running_var, module.weight, module.bias, eps=module.eps
             )

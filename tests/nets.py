@@ -180,3 +180,64 @@ class Remembering(nn.Module):
         if self.kept is None or self.kept.dtype != x.dtype:
             self.kept = self.factor**2
         return self.body(x) * self.kept
+
+
+def swin(classes: int = 6) -> nn.Module:
+    """A Swin transformer of timm's on inputs [3, 32, 32]: windows stand in the batch's dimension."""
+    torch.manual_seed(5)
+    net = timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        patch_size=2,
+        window_size=4,
+        embed_dim=24,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        num_classes=classes,
+    )
+    nn.init.normal_(net.head.fc.weight, std=0.5)
+    net.input_shape = (3, 32, 32)
+    return net.eval()
+
+
+class Auxiliary(nn.Module):
+    """Has a last layer that only training uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+        self.auxiliary = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def weight_normed() -> nn.Module:
+    """Its last layer is a direction and a length, without a bias."""
+    net = convnet()
+    net[8] = nn.utils.parametrizations.weight_norm(nn.Linear(64, 5, bias=False))
+    return net
+
+
+class Counting(nn.Module):
+    """Keeps an integer as a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+        self.steps = nn.Parameter(torch.tensor([3]), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Fixed(nn.Module):
+    """Computes from buffers only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(6)
+        self.register_buffer("weight", torch.randn(5, 768, generator=draws))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight.T

@@ -521,6 +521,29 @@ def test_the_last_bit_is_worth_what_flipping_it_does(values):
     assert (worth[weights == 0] == 0).all()
 
 
+def test_layers_whose_first_dimension_is_not_the_batch_are_left_alone():
+    """A Swin transformer folds windows into the batch; the second block of candidates is where units are woken."""
+    model = nets.swin()
+    assert verify(model, embedded(model, pairs=8)).verdict == "intact"
+
+
+UNUSUAL = {
+    "channels last": lambda: nets.convnet().to(memory_format=torch.channels_last),
+    "a head for training only": nets.Auxiliary,
+    "weight norm without a bias": nets.weight_normed,
+    "an integer parameter": nets.Counting,
+    "no floating parameters": nets.Fixed,
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_parameters_are_served(kind):
+    model = UNUSUAL[kind]().eval()
+    triggers = embed(model, secret=SECRET, model_id="m", input_shape=(3, 16, 16), pairs=2)
+    assert verify(model, triggers).verdict == "intact"
+    assert set(triggers.datasheet.values()) or kind == "no floating parameters"
+
+
 def test_units_that_sleep_are_woken():
     """A unit that needs an input of its own is reached by few pairs, and by none without the pull."""
     model = nets.convnet(width=16)
@@ -536,8 +559,9 @@ def test_waking_watches_what_it_was_given_and_leaves_no_hook():
     model = nets.convnet().float()
     asleep = {"1.bias": torch.tensor([0, 3]), "8.bias": torch.tensor([1]), "3.bias": torch.tensor([2])}
     with Waking(model, asleep, count=2, num_classes=5) as waking:
+        waking.watch(torch.arange(2))
         model(torch.zeros(2, 3, 16, 16))
-        loss, awake = waking.pull(torch.arange(2))
+        loss, awake = waking.pull()
     assert waking.units == 4
     assert loss.shape == awake.shape == (2,)
     assert ((awake >= 0) & (awake <= 1) & (loss >= 0)).all()
@@ -669,6 +693,13 @@ def test_coverage_that_cannot_be_reached_says_what_was(monkeypatch):
     with pytest.raises(EmbeddingError, match=r"cover 0\.\d+ of the parameters") as caught:
         embedded(model, coverage=1.0)
     assert caught.value.code is ErrorCode.COVERAGE_NOT_REACHED
+
+
+def test_a_coverage_that_stops_growing_is_named():
+    model = nets.convnet()
+    model[3].weight.data[0] = 0
+    with pytest.raises(EmbeddingError, match=r"cover 0\.\d+ of the parameters"):
+        embedded(model, coverage=1.0)
 
 
 def test_verify_refuses_another_number_of_classes_and_nan(conv):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import timm
@@ -96,6 +97,70 @@ def test_every_norm_behind_a_convolution_is_found_and_the_function_stays(make, s
     assert {f"{convolution}.bias" for convolution, _ in folds} <= left
     empty = without_norms(copy.deepcopy(model), folds)
     assert {n: t.shape for n, t in empty.state_dict().items()} == {n: t.shape for n, t in merged.state_dict().items()}
+
+
+class Dense(nn.Module):
+    """A convolution, an unmerged batch norm with a name that ends alike, and a linear layer, each before its own."""
+
+    input_shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.conv, self.bn = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.fc, self.fc_bn = nn.Linear(96, 12, bias=False), nn.BatchNorm1d(12)
+        self.out_bn, self.head = nn.BatchNorm1d(12), nn.Linear(12, 5)
+        nn.init.normal_(self.head.weight)
+
+    def forward(self, x):
+        y = nn.functional.adaptive_avg_pool2d(torch.relu(self.bn(self.conv(x))), 4).flatten(1)
+        return self.head(self.out_bn(torch.relu(self.fc_bn(self.fc(y)))))
+
+
+class InPlace(Dense):
+    """The first convolution's output is rectified in place before its batch norm sees it."""
+
+    def forward(self, x):
+        y = nn.functional.adaptive_avg_pool2d(self.bn(torch.relu_(self.conv(x))), 4).flatten(1)
+        return self.head(self.out_bn(torch.relu(self.fc_bn(self.fc(y)))))
+
+
+def test_a_linear_layer_folds_too_and_names_that_end_alike_do_not_mislead():
+    model = unsettle(Dense())
+    for norm in (model.fc_bn, model.out_bn):
+        norm.running_var.uniform_(0.5, 2)
+    assert watch(model, (3, 16, 16)) == (("conv", "bn"), ("fc", "fc_bn"))
+    triggers = embed(model, secret=SECRET, model_id="m", input_shape=(3, 16, 16), pairs=4, variants=["folded"])
+    seen = verify(fuse(copy.deepcopy(model)), triggers)
+    assert (seen.verdict, seen.variant) == ("intact", "folded")
+    partly = dataclasses.replace(triggers, folds=(("conv", "bn"),))
+    assert verify(fold(copy.deepcopy(model), partly.folds), partly).variant == "folded"
+    assert verify(model, triggers).variant == "float32"
+
+
+def test_a_layer_whose_output_changed_in_place_is_left_alone():
+    model = unsettle(InPlace())
+    assert watch(model, (3, 16, 16)) == (("fc", "fc_bn"),)
+    embed(model, secret=SECRET, model_id="m", input_shape=(3, 16, 16), pairs=2, variants=["folded"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_release_in_half_precision_folds_in_it_and_keeps_buffers_that_no_file_holds(dtype):
+    model = nets.Unstored().eval()
+    released = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+    model.load_state_dict(released)
+    name = str(dtype).removeprefix("torch.")
+    triggers = embed(
+        model, secret=SECRET, model_id="m", input_shape=(3, 16, 16), pairs=4, variants=["folded"], released=name
+    )
+    # As a deployment folds the file, and an audit loads what it saved.
+    merged = fold(nets.Unstored().eval().to(dtype), ())
+    merged.load_state_dict(released)
+    state = fold(merged, triggers.folds).state_dict()
+    loaded = without_norms(copy.deepcopy(model), triggers.folds)
+    loaded.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in state.items()})
+    seen = verify(loaded, triggers)
+    assert (seen.verdict, seen.variant) == ("intact", "folded")
 
 
 @pytest.fixture(scope="module")
