@@ -134,6 +134,14 @@ class Fleet:
 
 
 @pytest.fixture
+def _interruptible():
+    """A shell starts background jobs, a suite among them, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def models(tmp_path):
     return Fleet(tmp_path)
 
@@ -288,6 +296,7 @@ def test_workers_that_never_start_end_the_run(models):
     assert run_audit(models.job(["ok"] * 4), worker=Worker).verdicts["intact"] == 4
 
 
+@pytest.mark.usefixtures("_interruptible")
 def test_an_interrupt_keeps_finished_shards_and_stops_the_workers(models):
     """Ctrl-C is heard although a model hangs; the same run id then audits the rest only."""
     acts = ["ok"] * 4 + ["hang"]
