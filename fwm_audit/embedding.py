@@ -76,7 +76,7 @@ def embed(
         coverage: Go on beyond `pairs` until this share of the parameters is covered.
         method: `mirror`, or `yin2022`, the published method, for comparison.
         variants: Further forms in which the model is shipped: `float16`, `bfloat16`, `folded` (batch norms
-            merged into convolutions). Each gets its own exact triggers, and a checkpoint of that form
+            merged into the layers before them). Each gets its own exact triggers, and a checkpoint of that form
             is checked against them.
         input_range: Smallest and largest value of a preprocessed input.
         device: Where to compute; None is where the model's parameters are.

@@ -2,7 +2,6 @@
 
 The weights around a rectifier that stays at zero for every trigger cannot be seen. Where a bias has
 no influence on any gap, its unit is taken to sleep, and the search for inputs is asked to raise it.
-On EfficientNet-Lite0, 20 signed-gradient steps on 8 inputs woke 3,485 of 4,138 sleeping units.
 """
 
 from __future__ import annotations

@@ -182,24 +182,6 @@ class Remembering(nn.Module):
         return self.body(x) * self.kept
 
 
-def swin(classes: int = 6) -> nn.Module:
-    """A Swin transformer of timm's on inputs [3, 32, 32]: windows stand in the batch's dimension."""
-    torch.manual_seed(5)
-    net = timm.create_model(
-        "swin_tiny_patch4_window7_224",
-        img_size=32,
-        patch_size=2,
-        window_size=4,
-        embed_dim=24,
-        depths=(2, 2),
-        num_heads=(2, 4),
-        num_classes=classes,
-    )
-    nn.init.normal_(net.head.fc.weight, std=0.5)
-    net.input_shape = (3, 32, 32)
-    return net.eval()
-
-
 class Auxiliary(nn.Module):
     """Has a last layer that only training uses."""
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fwm_audit import MasterSecret, SecretKey, TriggerSet, embed, verify, yin2022
+from fwm_audit import MasterSecret, SecretKey, TriggerSet, calibration, embed, verify, yin2022
 from fwm_audit.calibration import Covered, last_bit
 from fwm_audit.errors import EmbeddingError, ErrorCode, FwmError, KeyFileError, ModelError, UsageError
 from fwm_audit.generator import normal
@@ -522,9 +522,24 @@ def test_the_last_bit_is_worth_what_flipping_it_does(values):
 
 
 def test_layers_whose_first_dimension_is_not_the_batch_are_left_alone():
-    """A Swin transformer folds windows into the batch; the second block of candidates is where units are woken."""
-    model = nets.swin()
-    assert verify(model, embedded(model, pairs=8)).verdict == "intact"
+    """As where windows or tokens come first: whose units those are cannot be told."""
+    layer = nn.Linear(4, 3)
+    with Waking(layer, {"bias": torch.tensor([0, 2])}, count=2, num_classes=9) as waking:
+        waking.watch(torch.arange(2))
+        layer(torch.zeros(6, 4))
+        loss, awake = waking.pull()
+    assert (loss.tolist(), awake.tolist()) == ([0, 0], [1, 1])
+
+
+def test_a_rung_on_which_few_pairs_stand_is_left_out(monkeypatch):
+    solve = calibration.solve
+
+    def first_only(target, model, pairs, *arguments):
+        found = solve(target, model, pairs, *arguments)
+        return dataclasses.replace(found, solved=found.solved & (torch.arange(len(pairs)) == 0))
+
+    monkeypatch.setattr(calibration, "solve", first_only)
+    assert {rung.name for rung in embedded(nets.convnet()).rungs} == {Tolerance.EXACT}
 
 
 UNUSUAL = {
@@ -541,7 +556,7 @@ def test_unusual_parameters_are_served(kind):
     model = UNUSUAL[kind]().eval()
     triggers = embed(model, secret=SECRET, model_id="m", input_shape=(3, 16, 16), pairs=2)
     assert verify(model, triggers).verdict == "intact"
-    assert set(triggers.datasheet.values()) or kind == "no floating parameters"
+    assert ("last layer, SGD step, lr 1e-6" in triggers.datasheet) == (kind != "no floating parameters")
 
 
 def test_units_that_sleep_are_woken():
