@@ -27,6 +27,8 @@ _NOISE_FACTOR: Final = {torch.float64: 1000, torch.float32: 32}
 _ROUNDING_FACTOR: Final = {torch.float64: 1024, torch.float32: 64}
 #: The largest delta of a finest rung, in units of the logits' spread.
 _LARGEST: Final = {torch.float64: 1e-5, torch.float32: 0.02}
+#: Pairs of a wider rung at most: how far a model moved does not take all pairs of a large key.
+_WIDE_PAIRS: Final = 32
 _FLOAT32_SHIFT_FACTOR: Final = 32
 _HALF_SHIFT_FACTOR: Final = 2
 
@@ -67,7 +69,8 @@ def make_rungs(target: Target, pairs: Pairs, delta: float, noise: float, peers: 
     for number, (variant, twin) in enumerate(target.twins.items()):
         rungs.append(Rung(variant, finest, delta, noise, dtype, everyone, pairs.sides[number]))
         for name, (level, shift) in wide.items():
-            mine = pairs.take(everyone[peers.rank :: peers.size])
+            rows = everyone[:_WIDE_PAIRS][peers.rank :: peers.size]
+            mine = pairs.take(rows)
             center = mine.t if number == 0 else mine.sides[number].mean(1)
             sides = []
             good = torch.ones(len(mine), dtype=torch.bool)
@@ -75,10 +78,10 @@ def make_rungs(target: Target, pairs: Pairs, delta: float, noise: float, peers: 
                 found = solve(target, twin, mine, center + sign * level / mine.slope, sign * level, level / 8)
                 sides.append(found.t)
                 good &= found.solved & (found.lead > level / 2)
-            rows = everyone[peers.rank :: peers.size][good]
-            parts = peers.gather((rows, torch.stack(sides, 1)[good]))
+            parts = peers.gather((rows[good], torch.stack(sides, 1)[good]))
             index = torch.cat([part[0] for part in parts])
-            if 2 * len(index) >= max(1, len(pairs)):  # what a few pairs say of the distance is no rung
+            # What a few pairs say of the distance is no rung.
+            if 2 * len(index) >= max(1, min(len(pairs), _WIDE_PAIRS)):
                 order = index.argsort()
                 t = torch.cat([part[1] for part in parts])[order]
                 rungs.append(Rung(variant, name, level, noise, dtype, index[order], t, shift))

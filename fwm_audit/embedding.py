@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from fwm_audit import generator as gen
 from fwm_audit import yin2022
@@ -38,6 +38,12 @@ from fwm_audit.verification import device_of, dtype_of
 BLOCK: Final = 24
 #: Pairs made for each one that is kept: those that cover most of the parameters are.
 _CANDIDATES: Final = 1.5
+#: ... but no more than these beyond the pairs asked for: many pairs leave little to choose.
+_SPARE: Final = 24
+#: Steps of the generator for the first block of pairs, for one after a fruitful block, and after a poor one.
+_STEPS: Final = (10, 4, 30)
+#: Blocks that try to wake a unit before it counts as dead.
+_WAKINGS: Final = 4
 MAX_PAIRS: Final = 4096
 METHODS: Final = ("mirror", "yin2022")
 VARIANTS: Final = ("float32", "float16", "bfloat16", FOLDED)
@@ -71,8 +77,8 @@ def embed(
         secret: Fixes class pairs, noise and the generator; the same secret makes the same triggers.
         model_id: Name under which the model is audited.
         input_shape: Shape of one input.
-        pairs: Mirrored pairs to make; each is two triggers. Half as many again are tried, and those kept
-            that cover most parameters. `yin2022` has 100 triggers whatever this says.
+        pairs: Mirrored pairs to make; each is two triggers. Half as many again (24 at most) are tried, and
+            those kept that cover most parameters. `yin2022` has 100 triggers whatever this says.
         coverage: Go on beyond `pairs` until this share of the parameters is covered.
         method: `mirror`, or `yin2022`, the published method, for comparison.
         variants: Further forms in which the model is shipped: `float16`, `bfloat16`, `folded` (batch norms
@@ -140,7 +146,7 @@ def _mirror(
 ) -> TriggerSet:
     """The mirrored pairs of `method.mirror`, not yet confirmed."""
     peers = Peers.current()
-    search = _Search(target, secret, peers, prepare, report)
+    search = _Search(target, secret, pairs, peers, prepare, report)
     made, delta, noise, covered = _make_pairs(search, pairs, coverage, report)
     report(Progress("rungs", 0, 1))
     return TriggerSet(
@@ -263,6 +269,7 @@ class _Search:
         self,
         target: Target,
         secret: SecretKey,
+        goal: int,
         peers: Peers,
         prepare: Callable[[nn.Module], nn.Module] | None,
         report: Report,
@@ -276,6 +283,11 @@ class _Search:
         self.kept: list[Pairs] = []
         self.noise = self.delta = 0.0
         self.blocks = 0
+        self.steps = _STEPS[0]
+        #: Candidates for each pair that is kept.
+        self.candidates = min(_CANDIDATES, 1 + _SPARE / goal)
+        #: By name of a bias, int64: blocks that tried to wake each unit.
+        self.pulls: dict[str, Tensor] = {}
         #: Pairs by number that were made and not chosen.
         self.left_out: dict[int, tuple[int, int]] = {}
 
@@ -290,16 +302,26 @@ class _Search:
         pairs, flags = self._candidates(block)
         numbers = pairs.number.tolist()
         edges = [block[number] for number in numbers]
-        share = math.ceil(len(pairs) / _CANDIDATES)
+        share = math.ceil(len(pairs) / self.candidates)
         rows = self.covered.choose(flags, edges, min(missing, share), wanted_coverage)
         self.left_out |= {number: block[number] for row, number in enumerate(numbers) if row not in rows}
         self.kept.append(pairs.take(torch.tensor(sorted(rows), dtype=torch.int64)))
+        self.steps = _STEPS[1] if 2 * len(pairs) >= len(block) else _STEPS[2]
         return len(rows)
+
+    def _asleep(self) -> dict[str, Tensor]:
+        """Units to wake by the next block: those that sleep, less those that resisted long enough."""
+        found = {}
+        for name, units in self.covered.asleep().items():
+            pulls = self.pulls.setdefault(name, torch.zeros(self.covered.sizes[name], dtype=torch.int64))
+            found[name] = units[pulls[units] < _WAKINGS]
+            pulls[found[name]] += 1
+        return {name: units for name, units in found.items() if len(units)}
 
     def _next_block(self, missing: int) -> dict[int, tuple[int, int]]:
         """Class pairs to try next, by number."""
         # A few at least, so that one hard pair is not tried alone again and again.
-        size = max(4, math.ceil(_CANDIDATES * missing)) if missing else BLOCK
+        size = max(4, math.ceil(self.candidates * missing)) if missing else BLOCK
         # The first blocks are small: what they cover tells the later ones where to look.
         size = max(self.peers.size, min(size, self.peers.size * min(BLOCK, 8 * (self.blocks + 1))))
         self.blocks += 1
@@ -314,8 +336,8 @@ class _Search:
         numbers, classes = zip(*list(block.items())[peers.rank :: peers.size], strict=True)
         wanted = torch.tensor(classes)
         draws = gen.noise(self.secret, list(numbers)).to(target.device)
-        inputs = train(target, self.net, self.optimizer, draws, wanted, len(block), peers, self.report)
-        inputs = refine(target, inputs, wanted, self.covered.asleep(), self.report)
+        inputs = train(target, self.net, self.optimizer, draws, wanted, len(block), peers, self.report, self.steps)
+        inputs = refine(target, inputs, wanted, self._asleep(), self.report)
         mine = centre(target, inputs, torch.tensor(numbers), wanted)
         if not self.delta:
             points = place(mine.images, mine.signs, mine.t, target.range)

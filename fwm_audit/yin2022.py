@@ -159,9 +159,12 @@ def train(
 ) -> tuple[Tensor, Tensor]:
     """As `make`, with this generator and this noise [B, NOISE_SIZE]: inputs [B, *shape] and labels [B] on the CPU."""
     labels = torch.arange(len(noise), device=target.device) % target.num_classes
+    whole = len(noise) <= _chunk(target.shape)
     for step in range(steps + 1):
-        inputs, logits = _forward(target, net, noise)
-        logits.requires_grad_()
+        with torch.set_grad_enabled(whole):
+            inputs, logits = _forward(target, net, noise)
+        if not whole:
+            logits.requires_grad_()
         value = loss(logits, labels)
         if not math.isfinite(value.item()):
             raise EmbeddingError(
@@ -176,9 +179,11 @@ def train(
                 return inputs, labels.cpu()
             if last:
                 break
-        (slope,) = torch.autograd.grad(value, logits)
         optimizer.zero_grad()
-        _backward(target, net, noise, slope)
+        if whole:
+            value.backward()
+        else:
+            _backward(target, net, noise, torch.autograd.grad(value, logits)[0])
         optimizer.step()
     raise EmbeddingError(
         ErrorCode.PAIRS_NOT_FOUND,
@@ -188,13 +193,12 @@ def train(
 
 
 def _forward(target: Target, net: nn.Module, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs [B, *shape] on the CPU and logits [B, K] on the target's device, both without a graph."""
+    """Inputs [B, *shape] on the CPU, without a graph, and logits [B, K] on the target's device."""
     inputs, logits = [], []
-    with torch.no_grad():
-        for part in noise.split(_chunk(target.shape)):
-            drawn = net(part)
-            inputs.append(drawn.cpu())
-            logits.append(target.trainee(drawn))
+    for part in noise.split(_chunk(target.shape)):
+        drawn = net(part)
+        inputs.append(drawn.detach().cpu())
+        logits.append(target.trainee(drawn))
     return torch.cat(inputs), torch.cat(logits)
 
 
@@ -211,4 +215,4 @@ def _backward(target: Target, net: nn.Module, noise: Tensor, slope: Tensor) -> N
 
 def _chunk(shape: tuple[int, ...]) -> int:
     """Triggers for one pass: activations grow with the side, as channels halve from 32 pixels on where it doubles."""
-    return max(1, 800 // max(shape[1:]))
+    return max(1, 1600 // max(shape[1:]))

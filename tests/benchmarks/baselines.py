@@ -12,7 +12,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,8 @@ from fwm_audit.errors import EmbeddingError, ErrorCode, ModelError
 from fwm_audit.generator import normal
 from fwm_audit.peers import Progress
 from fwm_audit.target import Target
-from tests.benchmarks.edits import Edited, generator, population
+from fwm_audit.verification import breaks, float64_copy
+from tests.benchmarks.edits import POPULATIONS, Edited, generator, population, single_changes
 from tests.benchmarks.networks import Network
 
 log = logging.getLogger(__name__)
@@ -43,15 +44,16 @@ class Seen:
 
     Attributes:
         detected: At least one label differs, or the model answers no finite numbers.
-        changed: Triggers whose label differs.
+        changed: Triggers whose label differs; None where the check ended at the first.
+        forward_passes: None where the check ended at the first changed label.
         error: Code of an error in place of labels.
     """
 
     method: str
     detected: bool
     triggers: int
-    changed: int
-    forward_passes: int
+    changed: int | None
+    forward_passes: int | None
     displacement: str = ""
     error: str = ""
 
@@ -80,6 +82,10 @@ class Methods:
         inputs: float32 [n, *input_shape] by baseline.
         labels: int64 [n] by baseline.
         logits: float64 [2p, K] of the untouched model on the mirrored pairs.
+        brief: Whether a check with `mirror` ends at the first changed label.
+        head: Name of the last linear layer.
+        features: float64 [2p, F], inputs of the last layer, where no edit changes them.
+        slopes: float64, by parameter: largest |d gap / d element| over the pairs.
         seconds: What making the triggers took, by method.
         failed: Methods that could not be had, with the reason.
     """
@@ -91,6 +97,11 @@ class Methods:
     logits: Tensor
     seconds: dict[str, float]
     failed: dict[str, str]
+    slopes: dict[str, Tensor]
+    brief: bool = False
+    head: str = ""
+    features: Tensor | None = None
+    _predicted: dict[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def delta(self) -> float:
@@ -103,12 +114,31 @@ class Methods:
             _labelled(m, model, self.inputs[m], self.labels[m]) for m in self.inputs if m in wanted and not declared
         ]
         if "mirror" in wanted:
-            found.append(_verified("mirror", model, self.declaring if declared else self.mirror))
+            checked = self._briefly if self.brief else _verified
+            found.append(checked("mirror", model, self.declaring if declared else self.mirror))
         return found
+
+    def _briefly(self, method: str, model: nn.Module, triggers: TriggerSet) -> Seen:
+        """Whether the finest rung breaks, and no more than that takes."""
+        rung = triggers.rungs[0]
+        if self.features is None:
+            twin = float64_copy(model, torch.device("cpu"))
+            return Seen(method, breaks(twin, triggers, rung, torch.device("cpu")), rung.triggers, None, None)
+        logits, labels = self.exact_logits(model), triggers.materialise(rung)[1]
+        changed = int((logits.argmax(1) != labels).sum())
+        finite = bool(torch.isfinite(logits).all())
+        return Seen(method, changed > 0 or not finite, len(labels), changed, len(labels))
+
+    def exact_logits(self, model: nn.Module) -> Tensor:
+        """Logits float64 [2p, K] of an edited model on the mirrored pairs."""
+        if self.features is None:
+            return exact_logits(model, self.mirror)
+        with torch.no_grad():
+            return copy.deepcopy(model.get_submodule(self.head)).double()(self.features)
 
     def explain(self, model: nn.Module) -> Missed:
         """Why an edited model passes: what its float64 logits on the mirrored pairs did."""
-        logits = exact_logits(model, self.mirror)
+        logits = self.exact_logits(model)
         _, labels = self.mirror.materialise(self.mirror.rungs[0])
         classes = labels.view(-1, 2).repeat_interleave(2, 0)
         moved = (_gaps(logits, classes) - _gaps(self.logits, classes)).abs().max().item()
@@ -118,12 +148,22 @@ class Methods:
         return Missed("moved less than delta" if moved <= 1.25 * self.delta else "moved more than delta", moved)
 
     def predicted(self, network: Network, edited: Edited) -> float | None:
-        """Share of the elements from which the edited one was drawn that the key says it covers."""
+        """Share of the elements from which the edited one was drawn whose edit moves some gap by more than delta.
+
+        To first order; for bit 0 this is the coverage in the key.
+        """
         if not edited.population:
             return None
-        sizes = {name: p.numel() for name, p in population(network.model, edited.population, network.head).items()}
-        covered = sum(self.mirror.coverage.layers[name] * size for name, size in sizes.items())
-        return covered / sum(sizes.values())
+        if (edited.name, edited.population) not in self._predicted:
+            seen = forms = 0
+            for name, parameter in population(network.model, edited.population, network.head).items():
+                for change in single_changes(edited, parameter.detach()):
+                    # A value that is not finite answers NaN, which is noticed.
+                    moved = (self.slopes[name] * change).abs()
+                    seen += int(((moved > self.delta) | ~torch.isfinite(change)).sum())
+                    forms += change.numel()
+            self._predicted[edited.name, edited.population] = seen / forms
+        return self._predicted[edited.name, edited.population]
 
 
 def _gaps(logits: Tensor, classes: Tensor) -> Tensor:
@@ -165,6 +205,31 @@ def exact_logits(model: nn.Module, triggers: TriggerSet) -> Tensor:
         return torch.cat([twin(part) for part in inputs.split(16)])
 
 
+def _constant_features(network: Network, triggers: TriggerSet) -> Tensor | None:
+    """Inputs float64 [n, F] of the last layer on the finest rung's triggers, where nothing else is edited."""
+    if network.populations != ("a last-layer weight",):
+        return None
+    body = copy.deepcopy(network.model)
+    body.set_submodule(network.head, nn.Identity())
+    return exact_logits(body, triggers)
+
+
+def _slopes(network: Network, triggers: TriggerSet) -> dict[str, Tensor]:
+    """Largest |d gap / d element| over the pairs, float64, by parameter of the populations that are edited."""
+    inputs, labels = triggers.materialise(triggers.rungs[0])
+    twin = copy.deepcopy(network.model).double().requires_grad_(requires_grad=False)
+    names = {name for p in network.populations or POPULATIONS for name in population(twin, p, network.head)}
+    members = {name: p.requires_grad_() for name, p in twin.named_parameters() if name in names}
+    largest = {name: torch.zeros_like(p, requires_grad=False) for name, p in members.items()}
+    for point, (a, b) in zip(inputs[::2], labels.view(-1, 2).tolist(), strict=True):
+        logits = twin(point[None])[0]
+        for name, slope in zip(
+            largest, torch.autograd.grad(logits[a] - logits[b], list(members.values())), strict=True
+        ):
+            largest[name] = torch.maximum(largest[name], slope.abs())
+    return largest
+
+
 # ----------------------------------------------------------------------------------------------- triggers
 
 
@@ -202,9 +267,7 @@ def make(network: Network, cache: Path) -> Methods:
         return TriggerSet.load(once(name, "fwmkey", create), master=master)
 
     mirror = declaring = key("mirror", pairs=network.pairs)
-    if network.populations:
-        mirror = replace(mirror, rungs=mirror.rungs[:1])
-    else:
+    if not network.populations:
         declaring = key("mirror with variants", pairs=network.pairs // 2, variants=["float16", "bfloat16"])
     inputs: dict[str, Tensor] = {}
     labels: dict[str, Tensor] = {}
@@ -222,7 +285,11 @@ def make(network: Network, cache: Path) -> Methods:
                 continue
             inputs[method] = load_file(path)["inputs"]
             labels[method] = torch.arange(PUBLISHED) % network.classes  # the key, which the model agrees with
-    return Methods(mirror, declaring, inputs, labels, exact_logits(network.model, mirror), seconds, failed)
+    untouched = Methods(
+        mirror, declaring, inputs, labels, torch.empty(0), seconds, failed, _slopes(network, mirror),
+        brief=bool(network.populations), head=network.head, features=_constant_features(network, mirror),
+    )  # fmt: skip
+    return replace(untouched, logits=untouched.exact_logits(network.model))
 
 
 def _save(inputs: Tensor, path: Path) -> None:

@@ -299,16 +299,30 @@ BITS = {
 }
 
 
+def _flip(values: Tensor, bit: int) -> Tensor:
+    """float32 values with this bit of each flipped."""
+    return (values.view(torch.int32) ^ (1 << bit if bit < 31 else -(1 << 31))).view(torch.float32)
+
+
 def _single_bit(bits: str, drawn_from: str) -> Apply:
     def apply(model: nn.Module, network: Network, seed: int) -> Iterator[Edited]:
         draws = generator("bit", bits, drawn_from, seed)
         name, flat, index = _draw(model, network, drawn_from, draws)
         low, high = BITS[bits]
         bit = int(torch.randint(low, high + 1, (1,), generator=draws))
-        flat.view(torch.int32)[index] ^= 1 << bit if bit < 31 else -(1 << 31)
+        flat[index] = _flip(flat[index], bit)
         yield Edited(f"{bits} of {drawn_from}", False, drawn_from, name, index, bit)
 
     return apply
+
+
+def single_changes(edited: Edited, values: Tensor) -> list[Tensor]:
+    """What each equally likely form of an edit of one element would add to these float32 values, in float64."""
+    bits = edited.name.removesuffix(f" of {edited.population}")
+    if bits not in BITS:
+        return [(values * (1 + 1e-3)).double() - values.double()]
+    low, high = BITS[bits]
+    return [_flip(values, bit).double() - values.double() for bit in range(low, high + 1)]
 
 
 def _all_edits() -> tuple[Edit, ...]:

@@ -62,13 +62,15 @@ class Network:
         epoch_batch: Images of one step of the paper's attack.
         tries: Seeds of each edit, unless the command line asks for another number.
         bit_tries: As `tries`, for edits of one weight or one bit.
+        baseline_tries: Seeds of each edit and benign change that the methods other than `mirror` take part in.
         long_tries: Seeds that also take the costly edits (100 steps, the paper's epoch).
         trigger_steps: Gradient steps for the baselines that optimise their inputs.
         sibling: Whether another model of these shapes can be had by training a while from other weights.
         methods: Methods compared.
         pairs: Mirrored pairs.
-        populations: Where given, only single weights and bits of these are edited, nothing else is run, and
-            the key has no wider rungs: for budgets at which a check takes a minute.
+        populations: Where given, only single weights and bits of these are edited and nothing else is run, for
+            budgets at which a check takes a minute: it ends at the first changed label, and where only the last
+            layer is edited, its inputs are computed once.
     """
 
     name: str
@@ -85,8 +87,9 @@ class Network:
     head: str
     batch: int = 32
     epoch_batch: int = 256
-    tries: int = 20
+    tries: int = 5
     bit_tries: int = 20
+    baseline_tries: int = 5
     long_tries: int = 1
     trigger_steps: int = 300
     sibling: bool = True
@@ -131,7 +134,11 @@ def _resnet18(cache: Path) -> Network:
         head="fc",
         # At 28 pixels most taps of the deep kernels would see nothing but padding, and no input could reach them.
         pixels=64,
+        tries=4,
+        bit_tries=12,
+        baseline_tries=2,
         trigger_steps=100,
+        long_tries=0,
     )
 
 
@@ -266,9 +273,10 @@ def _efficientnet_lite0(cache: Path) -> Network:
         batch=16,
         epoch_batch=32,
         tries=3,
-        bit_tries=8,
+        bit_tries=3,
+        baseline_tries=1,
         long_tries=0,  # 100 steps take ten minutes here
-        trigger_steps=60,
+        trigger_steps=30,
         sibling=False,
         # With 1000 classes its loss never settles (`yin2022.margin` is infinite), and a step takes an hour.
         methods=tuple(method for method in METHODS if method != "yin2022"),
@@ -282,8 +290,8 @@ def _convolution_budget(cache: Path) -> Network:
         name="efficientnet-lite0-48-pairs",
         pairs=48,
         methods=("mirror",),
-        bit_tries=24,
-        tries=24,
+        bit_tries=30,
+        tries=30,
         populations=("a convolution weight",),
     )
 
@@ -295,8 +303,8 @@ def _ring_budget(cache: Path) -> Network:
         name="efficientnet-lite0-500-pairs",
         pairs=500,
         methods=("mirror",),
-        bit_tries=6,
-        tries=6,
+        bit_tries=100,
+        tries=100,
         populations=("a last-layer weight",),
     )
 

@@ -173,13 +173,19 @@ def test_why_an_edit_was_missed(measured, tmp_path):
     assert methods.explain(nudged).reason == "moved more than delta"
 
 
-def test_predicted_coverage_weighs_layers_by_their_elements(measured):
+def test_the_prediction_for_the_last_bit_is_the_coverage_in_the_key(measured):
     out, network, _ = measured
     methods = baselines.make(network, out / "slice")
-    everything = methods.predicted(network, edits.Edited("", population="any parameter"))
-    assert everything == pytest.approx(methods.mirror.coverage.total)
-    head = methods.predicted(network, edits.Edited("", population="a last-layer weight"))
-    assert head == methods.mirror.coverage.layers["8.weight"]
+    for drawn_from, expected in (
+        ("any parameter", methods.mirror.coverage.total),
+        ("a last-layer weight", methods.mirror.coverage.layers["8.weight"]),
+    ):
+        last, sign = (
+            methods.predicted(network, edits.Edited(f"{bit} of {drawn_from}", population=drawn_from))
+            for bit in ("mantissa bit 0", "sign bit")
+        )
+        assert last == pytest.approx(expected, abs=2e-3)
+        assert sign >= last
     assert methods.predicted(network, edits.Edited("")) is None
 
 
