@@ -17,7 +17,7 @@ from fwm_audit.peers import Peers
 from fwm_audit.target import Target, executions, gap_and_lead, lower_precision, rounded
 from fwm_audit.triggers import Coverage, Rung, TriggerSet, place
 from fwm_audit.verdict import Tolerance, Verdict
-from fwm_audit.verification import forget, verify_copy
+from fwm_audit.verification import ask, forget, verify_copy
 
 #: A rung whose delta is less than this many times its measured noise is refused.
 LEAST_NOISE_FACTOR: Final = 8
@@ -136,8 +136,12 @@ class Covered:
         try:
             for i in range(len(pairs)):
                 forget(model)  # what it kept from passes without gradients would hide its weights
-                gap, _ = gap_and_lead(model(inputs[i : i + 1].to(target.device)), pairs.classes[i : i + 1])
-                gradients = torch.autograd.grad(gap.sum(), list(parameters.values()), allow_unused=True)
+                gap, _ = gap_and_lead(ask(model, inputs[i : i + 1].to(target.device)), pairs.classes[i : i + 1])
+                gradients = (
+                    torch.autograd.grad(gap.sum(), list(parameters.values()), allow_unused=True)
+                    if gap.requires_grad
+                    else [None] * len(parameters)
+                )
                 rows.append(
                     np.concatenate(
                         [

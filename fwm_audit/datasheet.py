@@ -21,7 +21,7 @@ from fwm_audit.key import SecretKey
 from fwm_audit.peers import Peers, Progress, Report
 from fwm_audit.target import Target
 from fwm_audit.triggers import TriggerSet
-from fwm_audit.verification import breaks, forget
+from fwm_audit.verification import ask, breaks, forget
 
 #: Tries for each edit of one value; an edit of many is tried once.
 _TRIES: Final = 8
@@ -80,7 +80,7 @@ class _Copy:
         for tensor in chosen:
             tensor.requires_grad_()
         with torch.enable_grad():
-            loss = functional.cross_entropy(self.model(self.inputs), self.labels)
+            loss = functional.cross_entropy(ask(self.model, self.inputs), self.labels)
             used = loss.requires_grad
             gradients = torch.autograd.grad(loss, chosen, allow_unused=True) if used else [None] * len(chosen)
         for tensor, gradient in zip(chosen, gradients, strict=True):

@@ -21,6 +21,7 @@ from fwm_audit.errors import EmbeddingError, ErrorCode
 from fwm_audit.peers import Peers, Progress, Report
 from fwm_audit.target import Target, gap_and_lead
 from fwm_audit.triggers import place, quantise
+from fwm_audit.verification import ask
 from fwm_audit.waking import Waking
 
 _REFINE_STEPS: Final = 60
@@ -88,7 +89,7 @@ def train(
     Takes at most `steps`, and stops when nine in ten pairs have their two classes on top.
     """
     for step in range(steps):
-        gap, lead = gap_and_lead(target.trainee(net(draws)), classes)
+        gap, lead = gap_and_lead(ask(target.trainee, net(draws)), classes)
         each = torch.relu(0.3 - lead / target.scale) + 0.1 * (gap / target.scale) ** 2
         # Gradients are averaged over ranks; the factor makes that the mean over the whole block.
         loss = each.sum() * (peers.size / block)
@@ -136,7 +137,7 @@ def _refine(target: Target, inputs: Tensor, classes: Tensor, waking: Waking, rep
     for number in range(_REFINE_STEPS):
         batch = inputs[todo].requires_grad_()
         waking.watch(todo)
-        gap, lead = gap_and_lead(target.trainee(batch), classes[todo.cpu()])
+        gap, lead = gap_and_lead(ask(target.trainee, batch), classes[todo.cpu()])
         pull, awake = waking.pull()
         each = torch.relu(0.3 - lead / target.scale) + 0.5 * gap.abs() / target.scale + _PULL * pull.to(gap.device)
         (gradient,) = torch.autograd.grad(each.sum(), batch)
@@ -171,7 +172,7 @@ def centre(target: Target, inputs: Tensor, numbers: Tensor, classes: Tensor) -> 
     flat = torch.zeros(1, *target.shape, dtype=torch.bool)
     for i, image in enumerate(images):  # one at a time: the graph of a large model is large
         point = place(image[None], flat, zero, target.range).to(target.device).requires_grad_()
-        gap, _ = gap_and_lead(target.released(point.to(target.dtype)), classes[i : i + 1])
+        gap, _ = gap_and_lead(ask(target.released, point.to(target.dtype)), classes[i : i + 1])
         (gradient,) = torch.autograd.grad(gap.sum(), point)
         signs[i] = (gradient[0] >= 0).cpu()
         slope[i] = gradient.abs().sum().item()

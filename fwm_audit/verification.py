@@ -183,24 +183,45 @@ def run(model: nn.Module, inputs: Tensor, device: torch.device, *, quote: bool =
     for batch in inputs.split(batch_size(inputs[0])):
         if device.type == "cuda":
             batch = batch.pin_memory().to(device, non_blocking=True)  # noqa: PLW2901 - the same batch, elsewhere
-        try:
-            with torch.no_grad(), _plain_float32(batch):
-                answer = model(batch)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:  # noqa: BLE001 - the model is anybody's code
-            reason = f"{type(error).__name__}: {str(error)[:200]}" if quote else type(error).__name__
-            raise ModelError(
-                ErrorCode.MODEL_UNSUITABLE,
-                f"the model fails on inputs of shape {tuple(batch.shape)} in {batch.dtype} ({reason})",
-            ) from None
-        if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != len(batch):
-            shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-            raise ModelError(
-                ErrorCode.MODEL_UNSUITABLE, f"the model answers {shape} for a batch of {len(batch)}, not [N, K] logits"
-            )
+        with torch.no_grad(), _plain_float32(batch):
+            answer = ask(model, batch, quote=quote)
         outputs.append(answer)
     return torch.cat(outputs).cpu()
+
+
+def ask(model: nn.Module, batch: Tensor, *, quote: bool = False) -> Tensor:
+    """Logits [N, K] of one pass, with a graph where gradients are wanted.
+
+    Args:
+        model: From [N, *input_shape] to [N, K].
+        batch: [N, *input_shape], where the model is.
+        quote: As for `run`.
+
+    Raises:
+        ModelError: As `run`, or a gradient in the inputs is wanted and there is none.
+    """
+    try:
+        answer = model(batch)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - the model is anybody's code
+        reason = f"{type(error).__name__}: {str(error)[:200]}" if quote else type(error).__name__
+        raise ModelError(
+            ErrorCode.MODEL_UNSUITABLE,
+            f"the model fails on inputs of shape {tuple(batch.shape)} in {batch.dtype} ({reason})",
+        ) from None
+    if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != len(batch):
+        shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise ModelError(
+            ErrorCode.MODEL_UNSUITABLE, f"the model answers {shape} for a batch of {len(batch)}, not [N, K] logits"
+        )
+    if torch.is_grad_enabled() and batch.requires_grad and not answer.requires_grad:
+        raise ModelError(
+            ErrorCode.MODEL_UNSUITABLE,
+            "the model's logits have no gradient in its inputs: remove .detach(), torch.no_grad() and rounding "
+            "from forward()",
+        )
+    return answer
 
 
 @contextlib.contextmanager

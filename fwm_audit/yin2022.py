@@ -22,6 +22,7 @@ from fwm_audit.generator import normal
 from fwm_audit.key import SecretKey
 from fwm_audit.peers import Progress, Report
 from fwm_audit.target import Target
+from fwm_audit.verification import ask
 
 COUNT: Final = 100
 NOISE_SIZE: Final = 512
@@ -198,7 +199,7 @@ def _forward(target: Target, net: nn.Module, noise: Tensor) -> tuple[Tensor, Ten
     for part in noise.split(_chunk(target.shape)):
         drawn = net(part)
         inputs.append(drawn.detach().cpu())
-        logits.append(target.trainee(drawn))
+        logits.append(ask(target.trainee, drawn))
     return torch.cat(inputs), torch.cat(logits)
 
 
@@ -210,7 +211,7 @@ def _backward(target: Target, net: nn.Module, noise: Tensor, slope: Tensor) -> N
     """
     chunk = _chunk(target.shape)
     for part, part_slope in zip(noise.split(chunk), slope.split(chunk), strict=True):
-        target.trainee(net(part)).backward(part_slope)
+        ask(target.trainee, net(part)).backward(part_slope)
 
 
 def _chunk(shape: tuple[int, ...]) -> int:

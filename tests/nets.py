@@ -61,6 +61,30 @@ class Dropping(nn.Module):
         return nn.functional.dropout(self.body(x), 0.5, training=True)
 
 
+class Detached(nn.Module):
+    """Answers logits without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).detach()
+
+
+class Quoting(nn.Module):
+    """Fails with its input in the message as soon as a gradient in it is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            raise ValueError(f"cannot serve {x.detach().flatten()[:4].tolist()}")
+        return self.body(x)
+
+
 class BatchNormalising(nn.Module):
     """Normalises by the statistics of the batch that it is given."""
 

@@ -9,6 +9,7 @@ import io
 import math
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -666,6 +667,7 @@ REFUSED = {
     "NaN weights": (_holding_nan, ErrorCode.NON_FINITE),
     "infinite logits": (_overflowing, ErrorCode.NON_FINITE),
     "complex": (nets.Imaginary, ErrorCode.MODEL_UNSUITABLE),
+    "no gradient": (nets.Detached, ErrorCode.MODEL_UNSUITABLE),
     "common offset": (_far_off, ErrorCode.MODEL_UNSUITABLE),
     "boundary beyond the input range": (_far_from_its_boundary, ErrorCode.PAIRS_NOT_FOUND),
     "constant": (nets.Constant, ErrorCode.PAIRS_NOT_FOUND),
@@ -679,6 +681,13 @@ def test_refused_with_its_name(case):
         embed(make().eval(), secret=SECRET, model_id="m", input_shape=(3, 16, 16), pairs=2)
     assert caught.value.code is code
     assert len(caught.value.message) > 20
+
+
+def test_an_error_of_the_model_does_not_quote_a_generated_input():
+    with pytest.raises(ModelError) as caught:
+        embed(nets.Quoting().eval(), secret=SECRET, model_id="m", input_shape=(3, 16, 16), pairs=2)
+    assert "ValueError" in caught.value.message
+    assert "cannot serve" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize(
