@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fwm_audit import MasterSecret, SecretKey, TriggerSet, calibration, embed, verify, yin2022
+from fwm_audit import MasterSecret, SecretKey, TriggerSet, calibration, embed, pairs, verify, yin2022
 from fwm_audit.calibration import Covered, last_bit
 from fwm_audit.errors import EmbeddingError, ErrorCode, FwmError, KeyFileError, ModelError, UsageError
 from fwm_audit.generator import normal
@@ -322,6 +322,29 @@ def test_one_flipped_bit_is_seen_as_often_as_the_coverage_says(pairs):
     assert verify(model, triggers).verdict == "intact"
     expected = triggers.coverage.total
     assert abs(seen / tries - expected) < 3 * math.sqrt(expected * (1 - expected) / tries)
+
+
+def test_a_large_key_gives_up_dead_units_and_tells_the_distance_by_few_pairs(monkeypatch):
+    model = nets.convnet()
+    model[4].bias.data[0] = -100.0  # behind the second convolution: no input raises it
+    asked = []
+
+    def refine(target, inputs, classes, asleep, report):
+        asked.append({name: units.tolist() for name, units in asleep.items()})
+        return pairs.refine(target, inputs, classes, asleep, report)
+
+    monkeypatch.setattr("fwm_audit.embedding.refine", refine)
+    triggers = embedded(model, pairs=100)
+    assert triggers.pairs == 100
+    assert len(asked) == 6  # the first block knows of no sleepers yet, the last one has given up
+    assert sum(0 in units.get("4.bias", []) for units in asked) == 4
+    exact, *wide = triggers.rungs
+    assert len(exact.index) == 100
+    assert wide
+    assert all(16 <= len(rung.index) <= 32 for rung in wide)
+    assert verify(model, triggers).verdict == "intact"
+    cast = copy.deepcopy(model).half()
+    assert verify(cast, triggers).displacement in {"float32", "half"}
 
 
 # ------------------------------------------------------------------------------------- correctly ignored
