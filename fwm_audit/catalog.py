@@ -22,6 +22,8 @@ import pyarrow.parquet
 from fwm_audit.errors import CatalogError, ErrorCode, UsageError
 
 REQUIRED: Final = ("model_id", "uri", "arch", "key_id")
+_RELEASED: Final = ("model_id", "uri", "arch")
+_IDENTITY: Final = ("model_id", "uri", "key_id")
 SCHEMA: Final = pa.schema(
     [(name, pa.string()) for name in REQUIRED]
     + [("sha256", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string())]
@@ -66,21 +68,63 @@ def check_model_id(model_id: str) -> str:
     return model_id
 
 
-def read_catalog(data: bytes, name: str) -> tuple[CatalogEntry, ...]:
+def read_catalog(data: bytes, name: str, *, keyed: bool = True) -> tuple[CatalogEntry, ...]:
     """The entries of a catalog file, in its order.
 
     Args:
         data: The file's bytes.
         name: Its name; the ending tells the format.
+        keyed: Whether each row has to name a key; in a list of models to watermark, `key_id` is ignored.
 
     Raises:
         UsageError: Unknown ending, unreadable, a required column is missing, or no rows.
     """
-    rows = _rows(data, name)
+    rows = _rows(data, name, REQUIRED if keyed else _RELEASED)
     if not rows:
         raise UsageError(f"the catalog {name} has no rows: list checkpoints first, with python -m jobs.catalog")
     seen: dict[tuple[str, str, str], int] = {}
-    return tuple(_entry(number, row, seen) for number, row in enumerate(rows))
+    if not keyed:
+        rows = [{**row, "key_id": None} for row in rows]
+    return tuple(_entry(number, row, seen, keyed=keyed) for number, row in enumerate(rows))
+
+
+def add_entries(data: bytes | None, name: str, entries: Iterable[CatalogEntry]) -> bytes:
+    """A catalog file's bytes with these entries at its end, less those that it has.
+
+    Columns and rows that are there stay as they are, further columns of the new rows are empty.
+
+    Args:
+        data: The file's bytes so far, None if there is no such file.
+        name: Its name; the ending tells the format.
+        entries: What to add; an entry is known by model_id, uri and key_id.
+
+    Raises:
+        UsageError: As `read_catalog`.
+    """
+    if data is None or not data.strip():
+        return write_catalog(entries, name)
+    rows = _rows(data, name, REQUIRED)
+    there = {tuple(str(row.get(column) or "") for column in _IDENTITY) for row in rows}
+    fresh = [entry for entry in entries if (entry.model_id, entry.uri, entry.key_id) not in there]
+    if not fresh:
+        return data
+    added = write_catalog(fresh, name)
+    match _ending(name):
+        case "parquet":
+            tables = [pa.parquet.read_table(pa.BufferReader(part)) for part in (data, added)]
+            sink = io.BytesIO()
+            pa.parquet.write_table(pa.concat_tables(tables, promote_options="permissive"), sink)
+            return sink.getvalue()
+        case "csv":
+            # As text throughout, so that what other columns hold is not read as numbers and written otherwise.
+            header = pa.csv.read_csv(pa.BufferReader(data)).column_names
+            text = pa.csv.ConvertOptions(column_types=dict.fromkeys([*header, *SCHEMA.names], pa.string()))
+            tables = [pa.csv.read_csv(pa.BufferReader(part), convert_options=text) for part in (data, added)]
+            sink = io.BytesIO()
+            pa.csv.write_csv(pa.concat_tables(tables, promote_options="default"), sink)
+            return sink.getvalue()
+        case _:
+            return data.rstrip() + b"\n" + added
 
 
 def write_catalog(entries: Iterable[CatalogEntry], name: str) -> bytes:
@@ -110,7 +154,7 @@ def _ending(name: str) -> str:
     return ending
 
 
-def _rows(data: bytes, name: str) -> Sequence[Mapping[str, Any]]:
+def _rows(data: bytes, name: str, required: Sequence[str]) -> Sequence[Mapping[str, Any]]:
     ending = _ending(name)
     try:
         match ending:
@@ -121,12 +165,12 @@ def _rows(data: bytes, name: str) -> Sequence[Mapping[str, Any]]:
                 options = pa.csv.ConvertOptions(column_types=text, strings_can_be_null=True, null_values=[""])
                 table = pa.csv.read_csv(pa.BufferReader(data), convert_options=options) if data.strip() else None
             case _:
-                return _json_rows(data, name)
+                return _json_rows(data, name, required)
     except pa.ArrowException as error:
         raise UsageError(f"cannot read the catalog {name}: {error}") from None
     if table is None:
         return []
-    if missing := [column for column in REQUIRED if column not in table.column_names]:
+    if missing := [column for column in required if column not in table.column_names]:
         raise UsageError(f"the catalog {name} lacks the columns {', '.join(missing)}")
     rows: Sequence[Mapping[str, Any]] = table.select(
         [column for column in SCHEMA.names if column in table.column_names]
@@ -134,7 +178,7 @@ def _rows(data: bytes, name: str) -> Sequence[Mapping[str, Any]]:
     return rows
 
 
-def _json_rows(data: bytes, name: str) -> Sequence[Mapping[str, Any]]:
+def _json_rows(data: bytes, name: str, required: Sequence[str]) -> Sequence[Mapping[str, Any]]:
     try:
         lines = data.decode().split("\n")  # splitlines() also splits at U+2028, which JSON strings may hold
     except UnicodeDecodeError:
@@ -150,12 +194,12 @@ def _json_rows(data: bytes, name: str) -> Sequence[Mapping[str, Any]]:
         if not isinstance(row, dict):
             raise UsageError(f"the catalog {name}, line {number}: not a JSON object; one object a line is expected")
         rows.append(row)
-    if rows and (missing := [column for column in REQUIRED if all(column not in row for row in rows)]):
+    if rows and (missing := [column for column in required if all(column not in row for row in rows)]):
         raise UsageError(f"the catalog {name} lacks the columns {', '.join(missing)}")
     return rows
 
 
-def _entry(number: int, row: Mapping[str, Any], seen: dict[tuple[str, str, str], int]) -> CatalogEntry:
+def _entry(number: int, row: Mapping[str, Any], seen: dict[tuple[str, str, str], int], *, keyed: bool) -> CatalogEntry:
     # Lone surrogates, which JSON can spell, fit into no UTF-8 record: they are replaced here.
     given = {column: "" if row.get(column) is None else str(row[column]) for column in REQUIRED}
     text = {column: value.encode(errors="replace").decode() for column, value in given.items()}
@@ -169,13 +213,13 @@ def _entry(number: int, row: Mapping[str, Any], seen: dict[tuple[str, str, str],
         check_model_id(text["model_id"])
         if not text["uri"]:
             raise CatalogError(ErrorCode.CATALOG_ROW, "the row has no uri")
-        if not text["key_id"]:
+        if keyed and not text["key_id"]:
             raise CatalogError(
                 ErrorCode.KEY_MISSING,
                 "no key audits this checkpoint: embed a watermark in the model (python -m jobs.embed), "
                 "then list the checkpoints again",
             )
-        if not _KEY_ID.fullmatch(text["key_id"]):
+        if keyed and not _KEY_ID.fullmatch(text["key_id"]):
             raise CatalogError(ErrorCode.CATALOG_ROW, "key_id is not 16 hex digits")
         if sha256 is not None and not _SHA256.fullmatch(sha256):
             raise CatalogError(ErrorCode.CATALOG_ROW, "sha256 is not 64 hex digits")

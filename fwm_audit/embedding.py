@@ -8,11 +8,12 @@ loss sets; these stand at a distance that numeric noise sets.
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from fwm_audit.datasheet import simulate
 from fwm_audit.errors import EmbeddingError, ErrorCode, ModelError, UsageError
 from fwm_audit.key import SecretKey
 from fwm_audit.pairs import Pairs, centre, place_exact, refine, train
-from fwm_audit.peers import Peers, Progress, Report
+from fwm_audit.peers import Keeper, Peers, Progress, Report
 from fwm_audit.target import Target
 from fwm_audit.triggers import FOLDED, Coverage, Rung, TriggerSet, place
 from fwm_audit.verdict import Tolerance, upper_rate
@@ -66,6 +67,7 @@ def embed(
     released: str | None = None,
     prepare: Callable[[nn.Module], nn.Module] | None = None,
     progress: Report | None = None,
+    keeper: Keeper | None = None,
 ) -> TriggerSet:
     """A trigger set that reveals any edit of the model's function; the model is only read.
 
@@ -91,6 +93,7 @@ def embed(
         released: Dtype of the released file, which names its variant; None is that of the parameters.
         prepare: Wraps the generator for data-parallel training (Ray Train's `prepare_model`).
         progress: Called at every step.
+        keeper: Keeps what was found after each block of pairs, and lets another attempt go on from there.
 
     Raises:
         UsageError: The settings make no sense.
@@ -118,7 +121,7 @@ def embed(
         if method == "yin2022":
             triggers = _published(target, secret, named, report)
         else:
-            triggers = _mirror(target, secret, pairs, coverage, prepare, named, report)
+            triggers = _mirror(target, secret, pairs, coverage, prepare, named, report, keeper)
         report(Progress("confirm", 0, 1))
         benign, noise = confirm(target, triggers)
         rungs = tuple(replace(rung, noise=max(rung.noise, noise)) for rung in triggers.rungs)
@@ -143,11 +146,14 @@ def _mirror(
     prepare: Callable[[nn.Module], nn.Module] | None,
     named: dict[str, Any],
     report: Report,
+    keeper: Keeper | None,
 ) -> TriggerSet:
     """The mirrored pairs of `method.mirror`, not yet confirmed."""
     peers = Peers.current()
     search = _Search(target, secret, pairs, peers, prepare, report)
-    made, delta, noise, covered = _make_pairs(search, pairs, coverage, report)
+    if keeper is not None and (state := keeper.load()) is not None:
+        search.restore(state)
+    made, delta, noise, covered = _make_pairs(search, pairs, coverage, report, keeper)
     report(Progress("rungs", 0, 1))
     return TriggerSet(
         **named,
@@ -231,7 +237,7 @@ def _check_settings(
 
 
 def _make_pairs(
-    search: _Search, goal: int, wanted_coverage: float | None, report: Report
+    search: _Search, goal: int, wanted_coverage: float | None, report: Report, keeper: Keeper | None
 ) -> tuple[Pairs, float, float, Covered]:
     """Pairs on the finest rung of every variant, with its delta and noise, and what they cover."""
     covered = search.covered
@@ -254,12 +260,24 @@ def _make_pairs(
         stale = stale + 1 if found >= goal and covered.total < before + 1e-4 else 0
         fruitless = 0 if chosen else fruitless + 1
         report(Progress("pairs", search.found, goal))
+        if keeper is not None:
+            keeper.save(search.state())
     if covered.sizes and covered.total == 0 and search.target.dtype is torch.float64:
         raise EmbeddingError(
             ErrorCode.COVERAGE_NOT_REACHED,
             "the pairs see no parameter to its last bit: the model's weights have no influence on its labels",
         )
     return Pairs.join(search.kept), search.delta, search.noise, covered
+
+
+_COUNTERS: Final = ("noise", "delta", "blocks", "steps", "taken")
+
+
+def _plain(net: nn.Module) -> nn.Module:
+    """The generator inside what prepares it for data-parallel training."""
+    inner = getattr(net, "module", net)
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 class _Search:
@@ -278,7 +296,8 @@ class _Search:
         net: nn.Module = gen.Generator(target.shape, target.range, secret).to(target.device)
         self.net = prepare(net) if prepare is not None else net
         self.optimizer = torch.optim.Adam(self.net.parameters(), 2e-3, betas=(0.5, 0.999))
-        self.stream = enumerate(gen.class_pairs(secret, target.num_classes))
+        self.stream: Iterator[tuple[int, tuple[int, int]]] = enumerate(gen.class_pairs(secret, target.num_classes))
+        self.taken = 0  # of the stream
         self.covered = Covered(target.released)
         self.kept: list[Pairs] = []
         self.noise = self.delta = 0.0
@@ -328,7 +347,42 @@ class _Search:
         # K / 2 pairs are to involve every class: no edge of a ring that could be made is given up for coverage.
         again = [number for number, edge in self.left_out.items() if not self.covered.classes >= {*edge}][:size]
         block = {number: self.left_out.pop(number) for number in again}
+        self.taken += size - len(block)
         return block | dict(itertools.islice(self.stream, size - len(block)))
+
+    def state(self) -> bytes:
+        """All that the search knows, for `restore`; the same on every rank."""
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "dtype": str(self.target.dtype),
+                "net": _plain(self.net).state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "kept": [{field.name: getattr(part, field.name) for field in fields(part)} for part in self.kept],
+                "seen": torch.from_numpy(self.covered.seen),
+                "classes": sorted(self.covered.classes),
+                "left_out": self.left_out,
+                "pulls": self.pulls,
+                **{name: getattr(self, name) for name in _COUNTERS},
+            },
+            buffer,
+        )
+        return buffer.getvalue()
+
+    def restore(self, state: bytes) -> None:
+        """Go on where the search that made this state stood, if it used the same arithmetic."""
+        held = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
+        if held["dtype"] != str(self.target.dtype):
+            return  # of the attempt in float64, which the model turned out not to know
+        _plain(self.net).load_state_dict(held["net"])
+        self.optimizer.load_state_dict(held["optimizer"])
+        self.kept = [Pairs(**part) for part in held["kept"]]
+        self.covered.seen = held["seen"].numpy()
+        self.covered.classes = set(held["classes"])
+        self.left_out, self.pulls = held["left_out"], held["pulls"]
+        for name in _COUNTERS:
+            setattr(self, name, held[name])
+        self.stream = itertools.islice(self.stream, self.taken, None)
 
     def _candidates(self, block: dict[int, tuple[int, int]]) -> tuple[Pairs, list[NDArray[np.uint8]]]:
         """Those pairs of the block that can be made, from all ranks, and the parameters that each sees."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed
 
@@ -20,6 +20,19 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+
+
+class Keeper(Protocol):
+    """Keeps the state of an unfinished embedding where the next attempt at it looks; called on every rank.
+
+    The state is secret: whoever reads it knows triggers and their labels.
+    """
+
+    def load(self) -> bytes | None:
+        """The latest state that an earlier attempt at this embedding kept, if any."""
+
+    def save(self, state: bytes) -> None:
+        """Keep a state in the place of earlier ones."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,20 +13,21 @@ would multiply with it.
 """
 
 # URIs and paths are both str here, and much of this works on descriptors: no pathlib.
-# ruff: noqa: PTH100, PTH103, PTH108, PTH113, PTH116, PTH118, PTH123, PTH202
+# ruff: noqa: PTH100, PTH103, PTH108, PTH113, PTH116, PTH118, PTH120, PTH123, PTH202
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final, Self
 
@@ -210,6 +211,61 @@ def replace(uri: str, data: bytes) -> None:
             return
         with _staged(path, data, unnamed=False) as (source, name, folder):
             os.replace(source, name, dst_dir_fd=folder)
+
+
+def update(uri: str, change: Callable[[bytes | None], bytes]) -> None:
+    """Replace an object by what `change` makes of it; nobody else's update in between is lost.
+
+    On S3 the write is conditional on the version that was read, locally the folder is locked. Other
+    stores know no such thing: there, only one may write.
+
+    Args:
+        uri: The object.
+        change: From its bytes, or None where there is none, to the new ones; may be called several times.
+
+    Raises:
+        StorageError: It cannot be read or written.
+    """
+    with _explained(uri):
+        if (path := _local_path(uri)) is not None:
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY)
+            with contextlib.ExitStack() as stack:
+                stack.callback(os.close, folder)
+                fcntl.flock(folder, fcntl.LOCK_EX)
+                replace(uri, change(_known(uri)[0]))
+            return
+        fs, path = _remote(uri)
+        if not isinstance(fs, s3fs.S3FileSystem):
+            replace(uri, change(_known(uri)[0]))
+            return
+        for attempt in stamina.retry_context(on=_OvertakenError, attempts=50, timeout=180.0, wait_initial=0.05):
+            with attempt:
+                before, etag = _known(uri)
+                condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": f'"{etag}"'}
+                try:
+                    _retry(fs.call_s3, "put_object", **_target(fs, path), Body=change(before), **condition)
+                except OSError as error:
+                    if not isinstance(error, FileExistsError) and _status(error) not in {404, 412}:
+                        raise
+                    raise _OvertakenError from error
+
+
+class _OvertakenError(Exception):
+    """Somebody else wrote between a read and the conditional write that stood on it."""
+
+
+def _known(uri: str) -> tuple[bytes | None, str | None]:
+    """Bytes and ETag of an object; None for what it lacks."""
+    try:
+        with fetch(uri) as fetched, open(fetched.path, "rb") as file:
+            return file.read(), fetched.etag
+    except StorageError as error:
+        if error.code is ErrorCode.OBJECT_CHANGED:
+            raise _OvertakenError from error
+        if error.code is not ErrorCode.OBJECT_MISSING:
+            raise
+        return None, None
 
 
 def fetch(uri: str, *, base: str | None = None) -> Fetched:

@@ -324,6 +324,47 @@ def test_one_flipped_bit_is_seen_as_often_as_the_coverage_says(pairs):
     assert abs(seen / tries - expected) < 3 * math.sqrt(expected * (1 - expected) / tries)
 
 
+class StoppedError(Exception):
+    pass
+
+
+class Kept:
+    """Keeps states in memory, and interrupts the embedding after so many of them."""
+
+    def __init__(self, blocks):
+        self.states, self.blocks, self.loads = [], blocks, 0
+
+    def load(self):
+        self.loads += 1
+        return self.states[-1] if self.states else None
+
+    def save(self, state):
+        self.states.append(state)
+        if len(self.states) == self.blocks:
+            raise StoppedError
+
+
+@pytest.mark.parametrize("settings", [{"pairs": 12, "variants": ["float16"]}, {"pairs": 4, "coverage": 0.97}])
+def test_an_interrupted_embedding_goes_on_to_the_same_triggers(settings):
+    model = nets.convnet()
+    expected = embedded(model, **settings)
+    kept = Kept(blocks=1)
+    while True:
+        try:
+            found = embedded(model, keeper=kept, **settings)
+        except StoppedError:
+            kept.blocks += 1
+        else:
+            break
+    assert len(kept.states) == kept.loads - 1 > 1
+    for name in ("classes", "images", "signs"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    for mine, theirs in zip(found.rungs, expected.rungs, strict=True):
+        assert torch.equal(mine.t, theirs.t)
+        assert torch.equal(mine.index, theirs.index)
+    assert found.coverage == expected.coverage
+
+
 def test_a_large_key_gives_up_dead_units_and_tells_the_distance_by_few_pairs(monkeypatch):
     model = nets.convnet()
     model[4].bias.data[0] = -100.0  # behind the second convolution: no input raises it
