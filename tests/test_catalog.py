@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fwm_audit.catalog import CatalogEntry, check_model_id, read_catalog, write_catalog
+from fwm_audit.catalog import CatalogEntry, add_entries, check_model_id, read_catalog, write_catalog
 from fwm_audit.errors import CatalogError, UsageError
 from fwm_audit.key import MasterSecret
 from jobs.catalog import list_checkpoints
@@ -216,3 +220,42 @@ def test_no_checkpoints_is_a_usage_error(tmp_path):
     """A wrong prefix is said at once."""
     with pytest.raises(UsageError, match="no checkpoints"):
         list_checkpoints(str(tmp_path / "nowhere"), str(tmp_path))
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+@given(entries=entries)
+def test_entries_are_added_once_and_what_is_there_stays(ending, entries):
+    name = f"c.{ending}"
+    grown = None
+    for _ in range(2):
+        for entry in entries:
+            grown = add_entries(grown, name, [entry])
+    assert [columns(entry) for entry in read_catalog(grown, name)] == [columns(entry) for entry in entries]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_columns_of_ones_own_survive_an_addition(ending):
+    table = pa.table({**{name: [value] for name, value in GOOD.items()}, "owner": ["007"]})
+    name, sink = f"c.{ending}", io.BytesIO()
+    match ending:
+        case "parquet":
+            pa.parquet.write_table(table, sink)
+        case "csv":
+            pa.csv.write_csv(table, sink)
+        case _:
+            sink.write(json.dumps(table.to_pylist()[0]).encode())
+    more = CatalogEntry(0, "other", "s3://b/o.pt", "timm:any", KEY_ID, size_bytes=12)
+    grown = add_entries(sink.getvalue(), name, [more])
+    assert [entry.model_id for entry in read_catalog(grown, name)] == ["team/model", "other"]
+    assert read_catalog(grown, name)[1].size_bytes == 12
+    assert b"007" in (grown if ending != "parquet" else str(pa.parquet.read_table(io.BytesIO(grown))).encode())
+
+
+def test_a_list_of_models_to_watermark_needs_no_keys():
+    rows = [{name: value for name, value in GOOD.items() if name != "key_id"}, {"model_id": "", "uri": "u", "arch": ""}]
+    data = "\n".join(map(json.dumps, rows)).encode()
+    first, second = read_catalog(data, "m.jsonl", keyed=False)
+    assert (first.problem, first.key_id) == (None, "")
+    assert second.problem is not None
+    with pytest.raises(UsageError):
+        read_catalog(data, "m.jsonl")
