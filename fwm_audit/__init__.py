@@ -14,7 +14,8 @@ The data flow, and the modules in the order in which it passes them:
         yin2022        the published method, for comparison
         triggers       the trigger set in memory and in its sealed form
         peers          the processes that share the work of one embedding
-        train          all of this as a Ray Train job
+        train          all of this as a Ray Train run
+        releases       many models -> as many runs, several at a time
 
     audit        a catalog of checkpoints -> one record for each row
         catalog        rows -> entries
@@ -30,7 +31,7 @@ The data flow, and the modules in the order in which it passes them:
     errors       every finding, with its stable code
 
 A module imports only from its own row or one above: pure (errors, key, catalog, verdict, records),
-torch (triggers to verification, architectures), io (storage, checkpoint), check, Ray (fleet, train).
+torch (triggers to verification, architectures), io (storage, checkpoint), check, Ray (fleet, releases, train).
 """
 
 from __future__ import annotations

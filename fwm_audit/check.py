@@ -27,7 +27,7 @@ from fwm_audit.catalog import CatalogEntry
 from fwm_audit.checkpoint import Checkpoint, fit, open_checkpoint
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, KeyFileError
 from fwm_audit.folding import without_norms
-from fwm_audit.key import MasterSecret, fingerprint, key_name
+from fwm_audit.key import MasterSecret, fingerprint, key_name, retirement_name
 from fwm_audit.records import AuditRecord, AuditSettings, error_record, make_record
 from fwm_audit.triggers import TriggerSet
 from fwm_audit.verification import as_float64, verify_copy
@@ -123,6 +123,12 @@ class Auditor:
     def _open_key(self, entry: CatalogEntry, name: str) -> tuple[TriggerSet, str]:
         known = f"{entry.model_id}/{entry.key_id}"
         seen_first = self.settings.key_fingerprints.get(known)
+        if storage.exists(storage.join(self.settings.keys, retirement_name(entry.model_id, entry.key_id))):
+            raise KeyFileError(
+                ErrorCode.KEY_RETIRED,
+                f"the key {name} was retired: list the checkpoints again (python -m jobs.catalog) for the model's "
+                "other keys, or embed a new one",
+            )
         try:
             sealed = storage.read(storage.join(self.settings.keys, name))
         except FwmError as error:

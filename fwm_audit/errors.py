@@ -28,12 +28,14 @@ class ErrorCode(StrEnum):
     CHECKPOINT_CORRUPT = "checkpoint_corrupt"
     CHECKPOINT_UNSAFE = "checkpoint_unsafe"
     CHECKPOINT_MISMATCH = "checkpoint_does_not_fit_arch"
+    CHECKPOINT_OTHER = "checkpoint_not_the_one_listed"
     NON_FINITE = "non_finite"
     # key
     KEY_MISSING = "key_missing"
     KEY_UNREADABLE = "key_unreadable"
     KEY_OTHER_MODEL = "key_for_another_model"
     KEY_CHANGED = "key_changed_during_run"
+    KEY_RETIRED = "key_retired"
     RUNG_MISSING = "rung_not_in_key"
     # target classifier
     MODEL_UNSUITABLE = "model_unsuitable"

@@ -211,6 +211,11 @@ def key_name(model_id: str, key_id: str) -> str:
     return f"{model_id}/{key_id}.fwmkey"
 
 
+def retirement_name(model_id: str, key_id: str) -> str:
+    """Path, below the keys' URI, of the object whose existence says that a key is retired."""
+    return f"{model_id}/{key_id}.retired.json"
+
+
 def fingerprint(sealed: bytes) -> str:
     """SHA-256 of a sealed key as stored: the commitment that records and runs refer to."""
     return hashlib.sha256(sealed).hexdigest()

@@ -1,7 +1,7 @@
-"""Embedding as a Ray Train job: one model's generator trained data-parallel, its key published once.
+"""Embedding as a Ray Train run: one model's generator trained data-parallel, its key published once.
 
-Every worker loads the checkpoint and the master secret itself: Ray sees references only. The
-function that trains knows nothing of Ray but `prepare_model`; see `embedding.embed`.
+Every worker loads the checkpoint and the master secret itself: Ray sees references only. What a run
+keeps in its storage, to go on after a fault, is sealed like a key. `releases` starts these runs.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import fsspec
 import pyarrow.fs
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 
 from fwm_audit import storage
@@ -31,17 +32,21 @@ from fwm_audit.architectures import input_shape
 from fwm_audit.check import load, skeleton
 from fwm_audit.checkpoint import fit, open_checkpoint
 from fwm_audit.embedding import embed
-from fwm_audit.errors import EmbeddingError, ErrorCode, FwmError, KeyFileError, UsageError
-from fwm_audit.key import MasterSecret, fingerprint, key_name
-from fwm_audit.peers import Progress
+from fwm_audit.errors import CheckpointError, EmbeddingError, ErrorCode, FwmError, KeyFileError, UsageError
+from fwm_audit.key import MasterSecret, SecretKey, fingerprint, key_name, read_header
+from fwm_audit.peers import Peers, Progress
 from fwm_audit.triggers import TriggerSet
 from fwm_audit.verdict import Verdict
 from fwm_audit.verification import verify_copy
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-_REPORT_EVERY: Final = 10
+_REPORT_EVERY_S: Final = 1.0
 _FAILED: Final = "failed"
+#: Times that a run starts its workers again after one of them, or its node, died.
+_RESTARTS: Final = 5
+_STATE: Final = "search.sealed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +58,10 @@ class EmbedTask:
         keys: URI under which the sealed key is published.
         input_shape: Shape of one input; None takes what the architecture states.
         base: Folder against which relative local URIs are resolved.
+        generation: 1, or more for a further key of the same model beside the first.
+        sha256: Digest that the checkpoint has to have, if that is known.
         master_key_file: Path of the master secret on the workers; None takes FWM_MASTER_KEY_FILE.
+        board: Name of the Ray actor that is told of progress, if any.
     """
 
     model_id: str
@@ -67,13 +75,22 @@ class EmbedTask:
     variants: tuple[str, ...] = ()
     input_shape: tuple[int, ...] | None = None
     input_range: tuple[float, float] = (-1.0, 1.0)
+    generation: int = 1
+    sha256: str | None = None
     allowed_factories: tuple[str, ...] = ()
     master_key_file: str | None = None
+    board: str | None = None
 
     def settings(self) -> str:
         """JSON of what shapes the triggers, apart from model and secret."""
-        names = ("arch", "method", "pairs", "coverage", "variants", "input_shape", "input_range")
+        names = ["arch", "method", "pairs", "coverage", "variants", "input_shape", "input_range"]
+        if self.generation > 1:  # keys of the first generation keep their names
+            names.append("generation")
         return json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)
+
+    def secret(self, master: MasterSecret, digest: str) -> SecretKey:
+        """The secret key of this model under these settings."""
+        return master.secret_key(self.model_id, digest, self.settings())
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +100,7 @@ class Embedded:
     Attributes:
         arithmetic: `float64`, or `float32` where the model casts to that inside and is checked more coarsely.
         datasheet: By simulated edit, [detected, tried].
+        before: Whether an earlier embedding published it.
     """
 
     model_id: str
@@ -96,6 +114,54 @@ class Embedded:
     key_bytes: int
     arithmetic: str
     datasheet: dict[str, list[int]]
+    before: bool = False
+
+    @classmethod
+    def of(cls, triggers: TriggerSet, sealed: bytes, *, before: bool) -> Embedded:
+        """The public facts of a sealed key."""
+        exact = triggers.rungs[0]
+        return cls(
+            model_id=triggers.model_id,
+            key_id=triggers.key_id,
+            fingerprint=fingerprint(sealed),
+            pairs=triggers.pairs,
+            coverage=triggers.coverage.total,
+            delta=exact.delta,
+            noise=exact.noise,
+            checkpoint_sha256=triggers.checkpoint_sha256,
+            key_bytes=len(sealed),
+            arithmetic=triggers.arithmetic,
+            datasheet={edit: [seen, tries] for edit, (seen, tries) in triggers.datasheet.items()},
+            before=before,
+        )
+
+
+class AgreedError(Exception):
+    """A finding that every rank of the group knows of: all of them end alike, and starting again would not help."""
+
+    def __init__(self, finding: FwmError | UsageError) -> None:
+        super().__init__(str(finding))
+        self.finding = finding
+
+
+def look_up(task: EmbedTask) -> tuple[str, Embedded | None]:
+    """Id of the key that a task makes, and what was published under that id before, if anything.
+
+    Raises:
+        FwmError: The checkpoint or a key cannot be read.
+        UsageError: The master secret cannot be read here.
+    """
+    master = MasterSecret.from_file(task.master_key_file)
+    digest = task.sha256
+    if digest is None:
+        with storage.fetch(task.checkpoint, base=task.base) as fetched:
+            digest = fetched.sha256
+    key_id = task.secret(master, digest).key_id
+    uri = storage.join(task.keys, key_name(task.model_id, key_id))
+    if not storage.exists(uri):
+        return key_id, None
+    sealed = storage.read(uri)
+    return key_id, Embedded.of(TriggerSet.unseal(sealed, master), sealed, before=True)
 
 
 def embed_model(task: EmbedTask) -> Embedded:
@@ -107,16 +173,18 @@ def embed_model(task: EmbedTask) -> Embedded:
     Raises:
         FwmError: The checkpoint, the architecture or the model cannot be served.
         UsageError: Settings make no sense, or the master secret cannot be read here.
+        AgreedError: One of these, in a group of several ranks that all know of it.
     """
-    master = MasterSecret.from_file(task.master_key_file)
-    model, dtype, digest = _load(task)
+    # Nodes differ in what they can read: where one cannot, the others must not wait for it.
+    master, (model, dtype, digest) = _together(lambda: (MasterSecret.from_file(task.master_key_file), _load(task)))
     shape = task.input_shape or input_shape(task.arch, model)
     if shape is None:
         raise UsageError(f"{task.arch} does not state the shape of its input: pass --input-shape, as in 1,28,28")
+    secret = task.secret(master, digest)
     device = ray.train.torch.get_device() if ray.is_initialized() and torch.cuda.is_available() else torch.device("cpu")
     triggers = embed(
         model,
-        secret=master.secret_key(task.model_id, digest, task.settings()),
+        secret=secret,
         model_id=task.model_id,
         input_shape=shape,
         pairs=task.pairs,
@@ -129,42 +197,50 @@ def embed_model(task: EmbedTask) -> Embedded:
         checkpoint_sha256=digest,
         released=dtype,
         prepare=prepare_model if torch.distributed.is_initialized() else None,
-        progress=_Reporter(task.model_id),
+        progress=_Reporter(task),
+        keeper=_Kept(master, task.model_id, secret.key_id) if torch.distributed.is_initialized() else None,
     )
-    uri = storage.join(task.keys, key_name(task.model_id, triggers.key_id))
+
+    def publish() -> Embedded | None:
+        return _publish(task, triggers, master, device, dtype) if _rank() == 0 else None
+
+    (published, *_) = Peers.current().gather(_together(publish))
+    assert isinstance(published, Embedded)
+    return published
+
+
+def _publish(task: EmbedTask, triggers: TriggerSet, master: MasterSecret, device: torch.device, dtype: str) -> Embedded:
+    """What is under the key's name afterwards: this key once it verified its own checkpoint, or an earlier one."""
     sealed = triggers.seal(master)
-    if _rank() == 0:
-        fresh, _, fresh_digest = _load(task)
-        if fresh_digest != digest:
-            raise KeyFileError(
-                ErrorCode.OBJECT_CHANGED, f"{task.checkpoint} was replaced during embedding: start again"
-            )
-        reopened = TriggerSet.unseal(sealed, master)
-        seen = verify_copy(fresh.to(device), reopened, "exact", variant=reopened.variant_for(dtype), device=device)
-        if seen.verdict is not Verdict.INTACT:
-            raise EmbeddingError(ErrorCode.PAIRS_NOT_FOUND, "the sealed key does not verify its own checkpoint")
-        if not storage.create(uri, sealed):
-            log.info("%s: key %s was published before and is kept", task.model_id, triggers.key_id)
-            sealed = storage.read(uri)
-            triggers = TriggerSet.unseal(sealed, master)
-    exact = triggers.rungs[0]
-    return Embedded(
-        model_id=task.model_id,
-        key_id=triggers.key_id,
-        fingerprint=fingerprint(sealed),
-        pairs=triggers.pairs,
-        coverage=triggers.coverage.total,
-        delta=exact.delta,
-        noise=exact.noise,
-        checkpoint_sha256=digest,
-        key_bytes=len(sealed),
-        arithmetic=triggers.arithmetic,
-        datasheet={edit: [seen, tries] for edit, (seen, tries) in triggers.datasheet.items()},
-    )
+    fresh, _, digest = _load(task)
+    if digest != triggers.checkpoint_sha256:
+        raise KeyFileError(ErrorCode.OBJECT_CHANGED, f"{task.checkpoint} was replaced during embedding: start again")
+    reopened = TriggerSet.unseal(sealed, master)
+    seen = verify_copy(fresh.to(device), reopened, "exact", variant=reopened.variant_for(dtype), device=device)
+    if seen.verdict is not Verdict.INTACT:
+        raise EmbeddingError(ErrorCode.PAIRS_NOT_FOUND, "the sealed key does not verify its own checkpoint")
+    uri = storage.join(task.keys, key_name(task.model_id, triggers.key_id))
+    if storage.create(uri, sealed):
+        return Embedded.of(triggers, sealed, before=False)
+    log.info("%s: key %s was published before and is kept", task.model_id, triggers.key_id)
+    sealed = storage.read(uri)
+    return Embedded.of(TriggerSet.unseal(sealed, master), sealed, before=True)
 
 
-def embed_on_cluster(task: EmbedTask, *, workers: int, run_storage: str | None = None) -> Embedded:
-    """`embed_model` as a Ray Train run with `workers` workers, on GPUs where the cluster has that many.
+def train_model(
+    task: EmbedTask, key_id: str, *, workers: int, cpus: int, gpu: bool, run_storage: str | None = None
+) -> Embedded:
+    """`embed_model` as a Ray Train run, which survives the death of workers and nodes.
+
+    The same task with the same storage goes on where an interrupted run of it stood.
+
+    Args:
+        task: The model.
+        key_id: Of the key that it makes, see `look_up`.
+        workers: Ray Train workers.
+        cpus: CPUs of each.
+        gpu: Whether each gets a GPU.
+        run_storage: URI under which the run keeps its sealed state; None is a local folder that goes with the run.
 
     Raises:
         FwmError: As `embed_model`, from whichever worker failed first.
@@ -173,31 +249,30 @@ def embed_on_cluster(task: EmbedTask, *, workers: int, run_storage: str | None =
     # Ray's 60 s to start the workers are not enough where torch is read from a cold or a shared disk, and it
     # would start all over again.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    resources = ray.cluster_resources()
-    gpus = resources.get("GPU", 0) >= workers
-    cpus = max(1, math.floor(resources.get("CPU", 1) / workers))
-    path, filesystem = _run_storage(run_storage)
-    trainer = TorchTrainer(
-        _train_loop,
-        train_loop_config=dataclasses.asdict(task),
-        # Flags of coverage and gathered pairs travel between CPUs, gradients between GPUs.
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=gpus,
-            resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpus else {}),
-        ),
-        run_config=RunConfig(
-            name=_run_name(task),
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=0),
-        ),
-    )
-    try:
-        result = trainer.fit()
-    except Exception as error:  # noqa: BLE001 - raised again, as the worker's own finding if it is one
-        raise _cause(error) from None
+    with tempfile.TemporaryDirectory(prefix="fwm-embed-") as local:
+        path, filesystem = _run_storage(run_storage, local)
+        trainer = TorchTrainer(
+            _train_loop,
+            train_loop_config=dataclasses.asdict(task),
+            # Flags of coverage and gathered pairs travel between CPUs, gradients between GPUs.
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
+            ),
+            run_config=RunConfig(
+                name=_run_name(task, key_id),
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=_RESTARTS),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except Exception as error:  # noqa: BLE001 - raised again, as the worker's own finding if it is one
+            raise _cause(error) from None
     metrics = result.metrics or {}
     if _FAILED in metrics:
         code, message = metrics[_FAILED]
@@ -206,19 +281,75 @@ def embed_on_cluster(task: EmbedTask, *, workers: int, run_storage: str | None =
 
 
 def _train_loop(config: dict[str, Any]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         metrics = dataclasses.asdict(embed_model(EmbedTask(**config)))
+    except AgreedError as error:
+        metrics = _failure(error.finding)
     except (FwmError, UsageError) as error:
         if ray.train.get_context().get_world_size() > 1:
             raise  # the other ranks may wait for this one: only the end of the group frees them
-        # As a result, and not as an exception, which Ray Train would print as three tracebacks.
-        metrics = {_FAILED: [error.code.value if isinstance(error, FwmError) else "", str(error)]}
+        metrics = _failure(error)
     # Ray Train keeps the metrics of a report only together with a checkpoint: this one holds them again.
+    _report(metrics, "embedded.json", json.dumps(metrics).encode())
+
+
+def _failure(error: FwmError | UsageError) -> dict[str, Any]:
+    """As a result, and not as an exception, which Ray Train would take for a fault and print as tracebacks."""
+    return {_FAILED: [error.code.value if isinstance(error, FwmError) else "", str(error)]}
+
+
+def _report(metrics: dict[str, Any], name: str, data: bytes) -> None:
+    """Store a file in the place of the run's former one; every rank has to call."""
     with tempfile.TemporaryDirectory() as folder:
         if _rank() == 0:
-            (Path(folder) / "embedded.json").write_text(json.dumps(metrics))
+            (Path(folder) / name).write_bytes(data)
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if _rank() == 0 else None)
+
+
+class _Kept:
+    """The state of the search in the run's storage, sealed, as it tells triggers and labels."""
+
+    def __init__(self, master: MasterSecret, model_id: str, key_id: str) -> None:
+        self.master, self.header = master, {"model_id": model_id, "key_id": key_id, "state": 1}
+
+    def load(self) -> bytes | None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as folder:
+            path = Path(folder) / _STATE
+            if not path.exists():
+                return None
+            try:
+                sealed = path.read_bytes()
+                state = self.master.open(sealed)
+            except KeyFileError as error:
+                log.warning("the state of an interrupted run cannot be used, starting anew: %s", error.message)
+                return None
+        found = read_header(sealed).values
+        # Of this model, this file and these settings: all of them shape the key's id.
+        return state if {name: found.get(name) for name in self.header} == self.header else None
+
+    def save(self, state: bytes) -> None:
+        _report({"state": len(state)}, _STATE, self.master.seal(state, self.header) if _rank() == 0 else b"")
+
+
+def _together(make: Callable[[], T]) -> T:
+    """What `make` returns here; if it fails on any rank of a group, all of them end with that finding."""
+    peers = Peers.current()
+    if peers.size == 1:
+        return make()
+    made: T | None = None
+    finding: FwmError | UsageError | None = None
+    try:
+        made = make()
+    except (FwmError, UsageError) as error:
+        finding = error
+    for found in peers.gather(finding):
+        if found is not None:
+            raise AgreedError(found)
+    return made  # type: ignore[return-value]  # None only if `make` returned that
 
 
 def _load(task: EmbedTask) -> tuple[torch.nn.Module, str, str]:
@@ -226,6 +357,11 @@ def _load(task: EmbedTask) -> tuple[torch.nn.Module, str, str]:
     model = skeleton(task.arch, task.allowed_factories)
     with storage.fetch(task.checkpoint, base=task.base) as fetched:
         checkpoint = open_checkpoint(fetched.path)
+        if task.sha256 not in {None, fetched.sha256}:
+            raise CheckpointError(
+                ErrorCode.CHECKPOINT_OTHER,
+                f"{task.checkpoint} is not the file that the list of models names: its SHA-256 differs",
+            )
         load(model, fit(checkpoint, model.state_dict()))
         return model, checkpoint.dtype, fetched.sha256
 
@@ -234,15 +370,15 @@ def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def _run_name(task: EmbedTask) -> str:
+def _run_name(task: EmbedTask, key_id: str) -> str:
     """Ray Train resumes a run of the same name silently: the name says all that makes runs the same."""
-    settings = hashlib.sha256(json.dumps([task.checkpoint, task.settings()]).encode()).hexdigest()[:16]
-    return f"fwm-embed-{re.sub(r'[^A-Za-z0-9]+', '-', task.model_id)[:60]}-{settings}"
+    settings = hashlib.sha256(json.dumps([task.model_id, task.checkpoint, task.settings()]).encode()).hexdigest()[:16]
+    return f"fwm-embed-{re.sub(r'[^A-Za-z0-9]+', '-', task.model_id)[:60]}-{key_id}-{settings}"
 
 
-def _run_storage(uri: str | None) -> tuple[str, pyarrow.fs.FileSystem | None]:
+def _run_storage(uri: str | None, local: str) -> tuple[str, pyarrow.fs.FileSystem | None]:
     if uri is None:
-        return tempfile.mkdtemp(prefix="fwm-embed-"), None
+        return local, None
     filesystem, path = fsspec.url_to_fs(uri)
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
 
@@ -262,12 +398,15 @@ def _cause(error: BaseException) -> BaseException:
 
 
 class _Reporter:
-    """Progress as log lines of rank 0: each stage once, and every tenth step of the long ones."""
+    """Tells the board of rank 0's progress, once a second at most and at the end of each stage."""
 
-    def __init__(self, model_id: str) -> None:
-        self.model_id = model_id
+    def __init__(self, task: EmbedTask) -> None:
+        self.model_id = task.model_id
+        self.board = ray.get_actor(task.board) if task.board is not None and _rank() == 0 else None
+        self.told = 0.0
 
     def __call__(self, progress: Progress) -> None:
-        if _rank() == 0 and (progress.done in {0, 1, progress.total} or progress.done % _REPORT_EVERY == 0):
-            loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"
-            log.info("%s: %s %d/%d%s", self.model_id, progress.stage, progress.done, progress.total, loss)
+        now = time.monotonic()
+        if self.board is not None and (progress.done == progress.total or now - self.told > _REPORT_EVERY_S):
+            self.told = now
+            self.board.tell.remote(self.model_id, progress)

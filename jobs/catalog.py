@@ -14,7 +14,7 @@ import typer
 from fwm_audit import storage
 from fwm_audit.catalog import CatalogEntry, write_catalog
 from fwm_audit.errors import ErrorCode, KeyFileError, StorageError, UsageError
-from fwm_audit.key import key_name, read_header
+from fwm_audit.key import key_name, read_header, retirement_name
 from jobs import _cli
 
 SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt"})
@@ -109,12 +109,15 @@ def _relative(uri: str, prefix: str) -> PurePosixPath:
 
 
 def _key_ids(keys: str) -> dict[str, list[str]]:
-    """Ids of the keys of each model."""
+    """Ids of the keys of each model, less the retired ones."""
+    paths = [_relative(item.uri, keys) for item in _listing(keys)]
+    retired = {str(path) for path in paths if path.name.endswith(".retired.json")}
     found: defaultdict[str, list[str]] = defaultdict(list)
-    for item in _listing(keys):
-        path = _relative(item.uri, keys)
+    for path in paths:
         if path.suffix == _KEY_SUFFIX:
-            found[str(path.parent)].append(path.stem)
+            known = found[str(path.parent)]  # a model all of whose keys are retired stays known
+            if retirement_name(str(path.parent), path.stem) not in retired:
+                known.append(path.stem)
     return dict(found)
 
 

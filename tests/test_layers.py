@@ -32,7 +32,7 @@ ROWS = {
     },
     "io": {"storage", "checkpoint"},
     "check": {"check"},
-    "ray": {"fleet", "train"},
+    "ray": {"fleet", "releases", "train"},
 }
 FOREIGN = {
     "torch": {"torch", "io", "check", "ray"},

@@ -1,0 +1,226 @@
+"""Watermark many released models: as many outcomes as models, each from a Ray Train run of its own.
+
+    look up   which models carry a key of these settings already (Ray tasks)
+    train     several runs at a time, as many as the cluster has room for
+    outcome   published, published before, or failed with its reason; one model's failure is its own
+
+Runs are started from threads of the driver: a run waits for its workers, it computes nothing itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Final
+
+import ray
+import ray.autoscaler.sdk
+from ray.exceptions import RayError, RayTaskError
+
+from fwm_audit.errors import ErrorCode, FwmError, UsageError
+from fwm_audit.peers import Progress
+from fwm_audit.train import Embedded, EmbedTask, look_up, train_model
+
+log = logging.getLogger(__name__)
+
+#: A task whose worker died is tried again; a model that cannot be looked up three times has failed.
+_RETRIES: Final = 2
+_POLL_S: Final = 2.0
+_SAY_EVERY_S: Final = 30.0
+
+#: Called with what each model in work is doing now.
+Watch = Callable[[Mapping[str, Progress]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A model that could not be watermarked, with the code and the sentence that say why."""
+
+    model_id: str
+    code: ErrorCode
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How the cluster is shared out: runs at a time, and what each of their workers gets."""
+
+    parallel: int
+    cpus: int
+    gpu: bool
+
+
+class Board:
+    """The Ray actor to which workers tell their progress; it holds the latest of each model."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Progress] = {}
+
+    def tell(self, model_id: str, progress: Progress) -> None:
+        """Note what a model is doing."""
+        self._latest[model_id] = progress
+
+    def latest(self) -> dict[str, Progress]:
+        """What each model was doing when it was last heard of."""
+        return self._latest
+
+
+def watermark(
+    tasks: Sequence[EmbedTask],
+    *,
+    workers: int,
+    parallel: int | None = None,
+    run_storage: str | None = None,
+    patience_s: float = 0.0,
+    watch: Watch = lambda _: None,
+) -> Iterator[tuple[EmbedTask, Embedded | Failed]]:
+    """Each task with its outcome, as they come.
+
+    Args:
+        tasks: Models; no two of them may make the same key.
+        workers: Ray Train workers of each model.
+        parallel: Models at a time; None is as many as there is room for.
+        run_storage: As for `train_model`.
+        patience_s: Seconds to wait for a cluster that is too small to grow.
+        watch: Told of progress every few seconds.
+
+    Raises:
+        UsageError: The cluster has no room for one model, or the master secret cannot be read on it.
+    """
+    # Looked up before there is room for a whole run: a night on which nothing is new needs no GPU.
+    ids: dict[int, str] = {}
+    for number, found in _look_up(tasks):
+        if isinstance(found, str):
+            ids[number] = found
+        else:
+            yield tasks[number], found
+    if not ids:
+        return
+    room = find_room(workers, len(ids), parallel, patience_s)
+    log.info(
+        "%d models to watermark, %d at a time, %d worker(s) each with %d CPU(s)%s",
+        len(ids), room.parallel, workers, room.cpus, " and a GPU" if room.gpu else "",
+    )  # fmt: skip
+    name = f"fwm-board-{uuid.uuid4().hex}"
+    board: Any = ray.remote(num_cpus=0, max_restarts=-1)(Board).options(name=name).remote()
+
+    def run(number: int) -> tuple[EmbedTask, Embedded | Failed]:
+        task = dataclasses.replace(tasks[number], board=name)
+        try:
+            outcome: Embedded | Failed = train_model(
+                task, ids[number], workers=workers, cpus=room.cpus, gpu=room.gpu, run_storage=run_storage
+            )
+        except Exception as error:  # noqa: BLE001 - one model's failure, whatever it is, is no other's
+            outcome = _failed(task, error)
+        return tasks[number], outcome
+
+    pool = ThreadPoolExecutor(room.parallel)
+    try:
+        waiting: set[Future[tuple[EmbedTask, Embedded | Failed]]] = {pool.submit(run, number) for number in ids}
+        in_work = {tasks[number].model_id for number in ids}
+        while waiting:
+            done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+            for future in done:
+                task, outcome = future.result()
+                in_work.discard(task.model_id)
+                yield task, outcome
+            with contextlib.suppress(RayError):
+                said = ray.get(board.latest.remote(), timeout=_POLL_S)
+                watch({model: progress for model, progress in said.items() if model in in_work})
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _look_up(tasks: Sequence[EmbedTask]) -> Iterator[tuple[int, str | Embedded | Failed]]:
+    """For each task the id of the key to make, or its outcome where that is known already."""
+    remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(look_up)
+    limit = max(2, int(ray.cluster_resources().get("CPU", 1)))
+    numbers = iter(range(len(tasks)))
+    asked: dict[Any, int] = {}
+    keys: dict[tuple[str, str], int] = {}
+    while True:
+        for number in numbers:
+            asked[remote.remote(tasks[number])] = number
+            if len(asked) >= 2 * limit:
+                break
+        if not asked:
+            return
+        (ready, *_), _ = ray.wait(list(asked))
+        number = asked.pop(ready)
+        task = tasks[number]
+        try:
+            key_id, published = ray.get(ready)
+        except Exception as error:  # noqa: BLE001 - as above
+            if isinstance(finding := _finding(error), UsageError):
+                raise finding from None  # the master secret: no model could be watermarked
+            yield number, _failed(task, error)
+            continue
+        if (task.model_id, key_id) in keys:
+            message = "another row of the list is the same model with the same file: it is watermarked once"
+            yield number, Failed(task.model_id, ErrorCode.CATALOG_DUPLICATE, message)
+            continue
+        keys[task.model_id, key_id] = number
+        yield number, published or key_id
+
+
+def find_room(workers: int, models: int, parallel: int | None, patience_s: float = 0.0) -> Room:
+    """How many runs fit at a time; each of their workers gets as many CPUs of one node as that leaves.
+
+    Raises:
+        UsageError: There is no room for one run, and after `patience_s` seconds still none.
+    """
+    deadline = time.monotonic() + patience_s
+    said = -_SAY_EVERY_S
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpu = sum(int(node.get("GPU", 0)) for node in nodes) >= workers
+        fits = _places(nodes, 1, gpu=gpu)
+        if fits >= workers:
+            break
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"the cluster has room for {fits} of {workers} workers: ask for fewer --workers, start more nodes, "
+                "or let this wait for them with --wait SECONDS"
+            )
+        if time.monotonic() - said > _SAY_EVERY_S:
+            said = time.monotonic()
+            log.info("the cluster has room for %d of %d workers: waiting for more nodes", fits, workers)
+            # An autoscaler starts nodes for what is asked of it.
+            ray.autoscaler.sdk.request_resources(bundles=[{"CPU": 1}] * workers)
+        time.sleep(_POLL_S)
+    runs = min(parallel or models, models, fits // workers)
+    most = max(int(node.get("CPU", 0)) for node in nodes)
+    cpus = max(count for count in range(1, most + 1) if _places(nodes, count, gpu=gpu) >= runs * workers)
+    return Room(runs, cpus, gpu)
+
+
+def _places(nodes: Iterable[Mapping[str, float]], cpus: int, *, gpu: bool) -> int:
+    """Workers of so many CPUs (and a GPU) that these nodes have place for."""
+    return sum(
+        min(int(node.get("CPU", 0)) // cpus, int(node.get("GPU", 0))) if gpu else int(node.get("CPU", 0)) // cpus
+        for node in nodes
+    )
+
+
+def _finding(error: BaseException) -> BaseException:
+    return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+
+
+def _failed(task: EmbedTask, error: BaseException) -> Failed:
+    finding = _finding(error)
+    if isinstance(finding, FwmError):
+        return Failed(task.model_id, finding.code, finding.message)
+    if isinstance(finding, UsageError):
+        return Failed(task.model_id, ErrorCode.MODEL_UNSUITABLE, str(finding))
+    ends = [finding, *getattr(finding, "worker_failures", {}).values()]
+    if any(isinstance(end, RayError) and not isinstance(end, RayTaskError) for end in ends):
+        message = "its workers died again and again: look at their nodes' memory and at the model"
+        return Failed(task.model_id, ErrorCode.WORKER_DIED, message)
+    # Its message stays unsaid: it could quote triggers.
+    return Failed(task.model_id, ErrorCode.INTERNAL, f"{type(finding).__name__} in a worker; its log says where")
