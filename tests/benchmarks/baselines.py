@@ -77,7 +77,7 @@ class Methods:
     """Every method's triggers for one network.
 
     Attributes:
-        mirror: Mirrored pairs of the released model.
+        mirror: Mirrored pairs of the released model; None where they are not compared.
         declaring: As `mirror`, in a key that also declares float16 and bfloat16.
         inputs: float32 [n, *input_shape] by baseline.
         labels: int64 [n] by baseline.
@@ -90,8 +90,8 @@ class Methods:
         failed: Methods that could not be had, with the reason.
     """
 
-    mirror: TriggerSet
-    declaring: TriggerSet
+    mirror: TriggerSet | None
+    declaring: TriggerSet | None
     inputs: dict[str, Tensor]
     labels: dict[str, Tensor]
     logits: Tensor
@@ -235,24 +235,52 @@ def _slopes(network: Network, triggers: TriggerSet) -> dict[str, Tensor]:
 
 def make(network: Network, cache: Path) -> Methods:
     """Every method's triggers, from `cache` where they were made before: a resumed run needs the same ones."""
-    master_file = cache / "master.key"
-    master = MasterSecret.from_file(master_file) if master_file.exists() else MasterSecret.generate_file(master_file)
-    seconds: dict[str, float] = {}
+    made = _Made(network, cache, {})
     failed: dict[str, str] = {}
+    mirror = declaring = None
+    if "mirror" in network.methods:
+        mirror = declaring = made.key("mirror", pairs=network.pairs)
+        if not network.populations:
+            declaring = made.key("mirror with variants", pairs=network.pairs // 2, variants=["float16", "bfloat16"])
+    inputs: dict[str, Tensor] = {}
+    labels: dict[str, Tensor] = {}
+    for method in network.methods:
+        if method in BASELINES:
+            inputs[method] = made.inputs(method, BASELINES[method])
+            labels[method] = forward(network.model, inputs[method]).argmax(1)
+        elif method == "yin2022":
+            try:
+                inputs[method] = made.inputs(method, _yin2022)
+            except EmbeddingError as error:
+                failed[method] = str(error)
+                continue
+            labels[method] = torch.arange(PUBLISHED) % network.classes  # the key, which the model agrees with
+    if mirror is None:
+        return Methods(None, None, inputs, labels, torch.empty(0), made.seconds, failed, {})
+    untouched = Methods(
+        mirror, declaring, inputs, labels, torch.empty(0), made.seconds, failed, _slopes(network, mirror),
+        brief=bool(network.populations), head=network.head, features=_constant_features(network, mirror),
+    )  # fmt: skip
+    return replace(untouched, logits=untouched.exact_logits(network.model))
 
-    def once(name: str, suffix: str, create: Callable[[Path], None]) -> Path:
-        """The file of that name, made unless it is there; beside it stands what that took."""
-        path = cache / f"{name.replace(' ', '-')}.{suffix}"
-        if not path.exists():
-            log.info("%s: making the triggers of %s", network.name, name)
-            started = time.monotonic()
-            create(path.with_suffix(".part"))
-            path.with_suffix(".seconds").write_text(f"{time.monotonic() - started:.1f}")
-            path.with_suffix(".part").replace(path)
-        seconds[name] = float(path.with_suffix(".seconds").read_text())
-        return path
 
-    def key(name: str, **settings) -> TriggerSet:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class _Made:
+    """A folder of triggers, each made once; beside it stands what that took, in seconds."""
+
+    network: Network
+    cache: Path
+    seconds: dict[str, float]
+
+    def inputs(self, method: str, draw: Callable[[Network], Tensor]) -> Tensor:
+        path = self._once(method, "safetensors", lambda part: _save(draw(self.network), part))
+        return load_file(path)["inputs"]
+
+    def key(self, name: str, **settings) -> TriggerSet:
+        file = self.cache / "master.key"
+        master = MasterSecret.from_file(file) if file.exists() else MasterSecret.generate_file(file)
+        network = self.network
+
         def create(path: Path) -> None:
             embed(
                 network.model,
@@ -264,32 +292,18 @@ def make(network: Network, cache: Path) -> Methods:
                 **settings,
             ).save(path, master=master)
 
-        return TriggerSet.load(once(name, "fwmkey", create), master=master)
+        return TriggerSet.load(self._once(name, "fwmkey", create), master=master)
 
-    mirror = declaring = key("mirror", pairs=network.pairs)
-    if not network.populations:
-        declaring = key("mirror with variants", pairs=network.pairs // 2, variants=["float16", "bfloat16"])
-    inputs: dict[str, Tensor] = {}
-    labels: dict[str, Tensor] = {}
-    for method in network.methods:
-        if method in BASELINES:
-            draw = BASELINES[method]
-            path = once(method, "safetensors", lambda part, draw=draw: _save(draw(network), part))
-            inputs[method] = load_file(path)["inputs"]
-            labels[method] = forward(network.model, inputs[method]).argmax(1)
-        elif method == "yin2022":
-            try:
-                path = once(method, "safetensors", lambda part: _save(_yin2022(network), part))
-            except EmbeddingError as error:
-                failed[method] = str(error)
-                continue
-            inputs[method] = load_file(path)["inputs"]
-            labels[method] = torch.arange(PUBLISHED) % network.classes  # the key, which the model agrees with
-    untouched = Methods(
-        mirror, declaring, inputs, labels, torch.empty(0), seconds, failed, _slopes(network, mirror),
-        brief=bool(network.populations), head=network.head, features=_constant_features(network, mirror),
-    )  # fmt: skip
-    return replace(untouched, logits=untouched.exact_logits(network.model))
+    def _once(self, name: str, suffix: str, create: Callable[[Path], None]) -> Path:
+        path = self.cache / f"{name.replace(' ', '-')}.{suffix}"
+        if not path.exists():
+            log.info("%s: making the triggers of %s", self.network.name, name)
+            started = time.monotonic()
+            create(path.with_suffix(".part"))
+            path.with_suffix(".seconds").write_text(f"{time.monotonic() - started:.1f}")
+            path.with_suffix(".part").replace(path)
+        self.seconds[name] = float(path.with_suffix(".seconds").read_text())
+        return path
 
 
 def _save(inputs: Tensor, path: Path) -> None:

@@ -26,7 +26,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-import fwm_audit
+from fwm_audit import TriggerSet, __version__
 from tests.benchmarks import baselines, networks
 from tests.benchmarks.baselines import Methods
 from tests.benchmarks.edits import (
@@ -49,7 +49,8 @@ Examples:
 
 \b
 The same command again resumes. Runs of different networks may share the folder at the same time.
-FOLDER/evidence.md has the tables, FOLDER/evidence.parquet one row for each network, method, edit and seed.
+FOLDER/evidence.md has the tables, FOLDER/evidence.parquet one row for each network, method, edit and seed. A copy of
+tests/benchmarks/results is such a FOLDER: other methods and networks may be added to it.
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -60,6 +61,7 @@ SCHEMA = pa.schema(
         ("network", pa.string()),
         ("kind", pa.string()),  # edit or benign
         ("family", pa.string()),
+        ("task", pa.string()),
         ("edit", pa.string()),
         ("seed", pa.int32()),
         ("required", pa.bool_()),
@@ -163,8 +165,9 @@ def measure(network: Network, folder: Path, tries: int | None, deadline: float) 
     path = folder / "results.jsonl"
     _cut_torn_line(path)
     done = defaultdict(set)
-    for result in read_results(path):
-        done[tuple(result["task"])] |= {row["method"] for row in result["rows"]}
+    for row in rows_of(folder.parent):
+        if row["network"] == network.name:
+            done[row["kind"], row["task"], row["seed"]].add(row["method"])
     had = set(network.methods) - set(methods.failed)
     missing = [(task, lacking) for task in plan if (lacking := task.methods(had, network) - done[task.key])]
     log.info("%s: %d of %d tries to do", network.name, len(missing), len(plan))
@@ -209,13 +212,15 @@ def _try(task: Task, network: Network, methods: Methods, wanted: set[str]) -> It
         return
     for model, edited in edited_states(task.item, network, task.seed):
         seen_by = methods.check(model, wanted)
-        state = asdict(edited) | {
-            "edit": edited.name,
-            "family": task.item.family,
-            "elements_changed": changed_elements(network.model, model),
-            "predicted": methods.predicted(network, edited),
-            "delta": methods.delta,
-        }
+        state = (
+            asdict(edited)
+            | {
+                "edit": edited.name,
+                "family": task.item.family,
+                "elements_changed": changed_elements(network.model, model),
+            }
+            | ({"predicted": methods.predicted(network, edited), "delta": methods.delta} if methods.mirror else {})
+        )
         del state["name"]
         for seen in seen_by:
             why = {}
@@ -251,9 +256,8 @@ def permuted_by(model: nn.Module, permute: Callable[[nn.Module, torch.Generator]
 
 def _describe(network: Network, methods: Methods, folder: Path, planned: int) -> None:
     """Write what the tables say about a network, and refuse results that belong to other triggers."""
-    path = folder / "network.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    made = methods.mirror.created_at
+    known = descriptions(folder.parent).get(network.name, {})
+    made = methods.mirror.created_at if methods.mirror else known.get("created_at")
     if known.get("created_at", made) != made:
         raise typer.BadParameter(f"the results in {folder} belong to other triggers: use another folder")
     # A run may add methods to those of earlier ones.
@@ -268,17 +272,30 @@ def _describe(network: Network, methods: Methods, folder: Path, planned: int) ->
         "methods": [method for method in METHODS if method in had],
         "failed": failed,
         "seconds": seconds,
-        "pairs": methods.mirror.pairs,
-        "delta": methods.delta,
-        "noise": methods.mirror.rungs[0].noise,
-        "coverage": methods.mirror.coverage.total,
-        "created_at": made,
+        **(_of_key(methods.mirror) if methods.mirror else {name: known.get(name) for name in _OF_KEY}),
         "planned": planned,
         "machine": machine(),
         # Without the options of one run: results add up over runs.
         "command": f"python -m tests.benchmarks.evidence --out FOLDER --network {network.name}",
     }
-    _replace(path, lambda part: part.write_text(json.dumps(described, indent=1)))
+    _replace(folder / "network.json", lambda part: part.write_text(json.dumps(described, indent=1)))
+
+
+_OF_KEY = ("pairs", "delta", "noise", "coverage", "created_at")
+
+
+def _of_key(key: TriggerSet) -> dict[str, Any]:
+    finest = key.rungs[0]
+    values = (key.pairs, finest.delta, finest.noise, key.coverage.total, key.created_at)
+    return dict(zip(_OF_KEY, values, strict=True))
+
+
+def descriptions(out: Path) -> dict[str, dict[str, Any]]:
+    """What the tables say of each network, by name: of the networks measured here, else of those taken over."""
+    path = out / "evidence.json"
+    taken = json.loads(path.read_text()) if path.exists() else []
+    here = [json.loads(path.read_text()) for path in out.glob("*/network.json")]
+    return {network["name"]: network for network in [*taken, *here]}
 
 
 def machine() -> str:
@@ -289,7 +306,7 @@ def machine() -> str:
         cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
     return (
         f"{os.cpu_count()} cores ({cpu}), {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"fwm-audit {fwm_audit.__version__}"
+        f"fwm-audit {__version__}"
     )
 
 
@@ -338,24 +355,30 @@ def interval(successes: int, tries: int, level: float = 0.95) -> tuple[float, fl
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
-    """One row for each network, edited state or benign change, seed and method."""
+    """One row for each network, state or benign change, seed and method: those taken over, then those of here."""
+    path = out / "evidence.parquet"
+    taken = pq.read_table(path).to_pylist() if path.exists() else []
     rows = []
     for folder in sorted(path.parent for path in out.glob("*/results.jsonl")):
         for result in read_results(folder / "results.jsonl"):
-            kind, _, seed = result["task"]
+            kind, task, seed = result["task"]
             for row in result["rows"]:
-                extra = {"network": folder.name, "kind": kind, "seed": seed}
+                extra = {"network": folder.name, "kind": kind, "task": task, "seed": seed}
                 extra["changed_share"] = row["changed"] / row["triggers"] if row["changed"] is not None else None
                 rows.append({name: (row | extra).get(name) for name in SCHEMA.names})
-    return rows
+    here = {tuple(row[name] for name in _IDENTITY) for row in rows}
+    return [row for row in taken if tuple(row[name] for name in _IDENTITY) not in here] + rows
+
+
+_IDENTITY = ("network", "kind", "task", "edit", "seed", "method")
 
 
 def write_tables(out: Path) -> None:
     """FOLDER/evidence.parquet and FOLDER/evidence.md, from every network's results that are there."""
     rows = rows_of(out)
     _replace(out / "evidence.parquet", lambda part: pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part))
-    described = [json.loads(path.read_text()) for path in sorted(out.glob("*/network.json"))]
-    described.sort(key=lambda network: list(NETWORKS).index(network["name"]))
+    described = sorted(descriptions(out).values(), key=lambda network: list(NETWORKS).index(network["name"]))
+    _replace(out / "evidence.json", lambda part: part.write_text(json.dumps(described, indent=1) + "\n"))
     by_network = defaultdict(list)
     for row in rows:
         by_network[row["network"]].append(row)

@@ -9,6 +9,7 @@ import json
 import math
 import time
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -260,6 +261,31 @@ def test_permuted_channels_leave_every_architecture_alone(name):
         ),
     }[name]()  # fmt: skip
     assert evidence.permuted_by(model.eval(), permute, torch.randn(2, *shape, dtype=torch.float64)) < 1e-9
+
+
+def test_a_method_can_be_added_to_published_results(measured, tmp_path):
+    """Tables alone are enough to go on from: nothing is measured again, and `mirror` needs no new triggers."""
+    out, network, rows = measured
+    few = [row for row in rows if row["method"] != "ftg"]
+    pq.write_table(pa.Table.from_pylist(few, evidence.SCHEMA), tmp_path / "evidence.parquet")
+    (tmp_path / "evidence.json").write_text((out / "evidence.json").read_text())
+    folder = tmp_path / "slice"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((out / "slice" / "model.safetensors").read_bytes())
+    for _ in range(2):
+        evidence.measure(dataclasses.replace(network, methods=("ftg",)), folder, None, math.inf)
+    assert not list(folder.glob("*.fwmkey"))
+    evidence.write_tables(tmp_path)
+    columns = [name for name in evidence.SCHEMA.names if name not in {"predicted", "delta"}]  # those of `mirror`
+
+    def values(every):
+        return sorted([[str(row[name]) for name in columns] for row in every])
+
+    assert values(evidence.rows_of(tmp_path)) == values(rows)
+    first, second = (json.loads((path / "evidence.json").read_text())[0] for path in (out, tmp_path))
+    assert {name: first[name] for name in ("methods", "delta", "coverage")} == {
+        name: second[name] for name in ("methods", "delta", "coverage")
+    }
 
 
 def test_the_report_counts_alarms_and_shares(measured):
