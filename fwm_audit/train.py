@@ -281,7 +281,7 @@ def train_model(
 
 
 def _train_loop(config: dict[str, Any]) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         metrics = dataclasses.asdict(embed_model(EmbedTask(**config)))
     except AgreedError as error:
@@ -329,7 +329,11 @@ class _Kept:
                 return None
         found = read_header(sealed).values
         # Of this model, this file and these settings: all of them shape the key's id.
-        return state if {name: found.get(name) for name in self.header} == self.header else None
+        if {name: found.get(name) for name in self.header} != self.header:
+            return None
+        if _rank() == 0:
+            log.info("%s: going on from the state of an interrupted run", self.header["model_id"])
+        return state
 
     def save(self, state: bytes) -> None:
         _report({"state": len(state)}, _STATE, self.master.seal(state, self.header) if _rank() == 0 else b"")

@@ -1,0 +1,273 @@
+"""Many models to watermark: one outcome each, whatever dies; what is there already is left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from safetensors.torch import save_file
+
+from fwm_audit import releases, storage
+from fwm_audit.architectures import build
+from fwm_audit.catalog import read_catalog
+from fwm_audit.errors import UsageError
+from fwm_audit.key import MAGIC, MasterSecret
+from fwm_audit.train import EmbedTask
+from fwm_audit.triggers import TriggerSet
+from fwm_audit.verdict import Verdict
+from fwm_audit.verification import verify
+
+ARCH = "factory:tests.nets:convnet"
+
+
+# --------------------------------------------------------------------------------------- room in a cluster
+
+
+def nodes(*resources):
+    return [{"Alive": True, "Resources": {"CPU": cpu, "GPU": gpu}} for cpu, gpu in resources]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "workers", "models", "parallel", "expected"),
+    [
+        (nodes((2, 0)), 1, 1, None, (1, 2, False)),
+        (nodes((2, 0)), 1, 12, None, (2, 1, False)),
+        (nodes((2, 0)), 2, 12, None, (1, 1, False)),
+        (nodes((16, 0)), 2, 3, None, (3, 2, False)),
+        (nodes((16, 0)), 2, 3, 1, (1, 8, False)),
+        (nodes((2, 0), (2, 0), (2, 0)), 2, 1, None, (1, 2, False)),  # no worker is as large as two nodes
+        (nodes((2, 0), (3, 0)), 2, 1, None, (1, 2, False)),
+        (nodes((8, 4), (8, 4)), 2, 100, None, (4, 2, True)),
+        (nodes((1, 4)), 2, 1, None, None),  # GPUs without CPUs for them
+        (nodes((8, 1)), 2, 1, None, (1, 4, False)),  # fewer GPUs than workers: none uses one
+        (nodes((1, 0), (0.5, 0)), 2, 1, None, None),
+    ],
+)
+def test_the_room_of_a_cluster_is_shared_out_within_its_nodes(
+    monkeypatch, cluster, workers, models, parallel, expected
+):
+    monkeypatch.setattr(ray, "nodes", lambda: cluster)
+    if expected is None:
+        with pytest.raises(UsageError, match="--wait"):
+            releases.find_room(workers, models, parallel)
+        return
+    assert releases.find_room(workers, models, parallel) == releases.Room(*expected)
+
+
+# ------------------------------------------------------------------------------------------ a real cluster
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A cluster of three nodes with one CPU each; the head takes no work."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    for _ in range(3):
+        cluster.add_node(num_cpus=1)
+    yield cluster.address
+    cluster.shutdown()
+
+
+class Company:
+    """A folder with models to release, and what `jobs.embed` makes of them."""
+
+    def __init__(self, folder: Path, address: str):
+        self.folder, self.address = folder, address
+        MasterSecret.generate_file(folder / "master.key")
+
+    def release(self, *names, classes=5):
+        rows = []
+        for number, name in enumerate(names):
+            path = self.folder / f"{name.replace('/', '-')}.safetensors"
+            state = build(f"{ARCH}?classes={classes}&width={8 + number}", ["tests"]).state_dict()
+            save_file(state, path)
+            rows.append({"model_id": name, "uri": str(path), "arch": f"{ARCH}?classes={classes}&width={8 + number}"})
+        return rows
+
+    def command(self, rows, *options):
+        (self.folder / "models.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [
+            *(sys.executable, "-m", "jobs.embed", "--models", self.folder / "models.jsonl", "--allow-factory", "tests"),
+            *("--keys", self.folder / "keys", "--catalog", self.folder / "catalog.csv"),
+            *("--storage", self.folder / "runs", "--master-key", self.folder / "master.key", "--pairs", "4", *options),
+        ]
+
+    @property
+    def environment(self):
+        return os.environ | {"RAY_ADDRESS": self.address}
+
+    def embed(self, rows, *options):
+        """Exit code, closing line, and all that was said."""
+        done = subprocess.run(
+            self.command(rows, *options), env=self.environment, capture_output=True, text=True, check=False, timeout=280
+        )
+        lines = done.stdout.strip().splitlines()
+        closing = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
+        return done.returncode, closing, done.stdout + done.stderr
+
+    def keys(self):
+        return sorted(path.relative_to(self.folder / "keys") for path in (self.folder / "keys").rglob("*.fwmkey"))
+
+    def opened(self, name):
+        """The one key of a model, which its checkpoint verifies."""
+        (path,) = (self.folder / "keys" / name).glob("*.fwmkey")
+        return TriggerSet.load(path, master=MasterSecret.from_file(self.folder / "master.key"))
+
+    def verifies(self, row):
+        model = build(row["arch"], ["tests"])
+        from safetensors.torch import load_file
+
+        model.load_state_dict(load_file(row["uri"]))
+        return verify(model.eval(), self.opened(row["model_id"])).verdict is Verdict.INTACT
+
+    def wait_for_state(self, name):
+        """Until a run of this model has kept its first state."""
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            for path in (self.folder / "runs").glob(f"fwm-embed-{name}-*/*/search.sealed"):
+                if path.read_bytes().startswith(MAGIC):
+                    return
+            time.sleep(0.1)
+        raise TimeoutError("no state was kept")
+
+
+@pytest.fixture
+def company(tmp_path, address):
+    return Company(tmp_path, address)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_every_model_has_its_outcome_and_a_repetition_changes_nothing(company):
+    good = company.release("team/a", "b")
+    cut = company.folder / "cut.safetensors"
+    cut.write_bytes(Path(good[0]["uri"]).read_bytes()[:-50])
+    rows = [
+        *good,
+        {"model_id": "cut", "uri": str(cut), "arch": ARCH},
+        {"model_id": "gone", "uri": str(company.folder / "gone.pt"), "arch": ARCH},
+        {"model_id": "misfit", "uri": good[1]["uri"], "arch": ARCH},
+        {"model_id": "../up", "uri": good[0]["uri"], "arch": ARCH},
+        {**good[0], "model_id": "other-file", "sha256": "0" * 64},
+        {**good[0]},
+    ]
+    code, closing, said = company.embed(rows)
+    assert code == 3, said
+    assert "Traceback" not in said
+    assert {name: closing[name] for name in ("models", "published", "skipped", "failed")} == {
+        "models": 8, "published": 2, "skipped": 0, "failed": 6,
+    }  # fmt: skip
+    reasons = {failure["model_id"]: failure["error_code"] for failure in closing["failures"]}
+    assert reasons == {
+        "cut": "checkpoint_corrupt",
+        "gone": "object_missing",
+        "misfit": "checkpoint_does_not_fit_arch",
+        "../up": "catalog_row_invalid",
+        "other-file": "checkpoint_not_the_one_listed",
+        "team/a": "catalog_row_duplicate",
+    }
+    assert all(company.verifies(row) for row in good)
+    listed = read_catalog((company.folder / "catalog.csv").read_bytes(), "catalog.csv")
+    assert {(entry.model_id, entry.key_id) for entry in listed} == set(closing["keys"].items())
+    assert all(entry.sha256 and not entry.problem for entry in listed)
+
+    before = {path: path.read_bytes() for path in company.folder.rglob("*") if path.suffix in {".fwmkey", ".csv"}}
+    code, closing, said = company.embed(good)
+    assert (code, closing["skipped"], closing["published"]) == (0, 2, 0), said
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_killed_worker_is_replaced_and_a_killed_driver_leaves_a_run_to_go_on_with(company):
+    (row,) = company.release("model")
+    many = ("--pairs", "40", "--workers", "2")
+    driver = subprocess.Popen(
+        company.command([row], *many), env=company.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        company.wait_for_state("model")
+    finally:
+        driver.kill()
+        driver.wait()
+    assert not (company.folder / "keys").exists()
+    driver = subprocess.Popen(
+        company.command([row], *many),
+        env=company.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    killed = False
+    deadline = time.monotonic() + 120
+    while not killed and time.monotonic() < deadline and driver.poll() is None:
+        found = subprocess.run(["pgrep", "-f", "ray::.*TrainWorker"], capture_output=True, text=True, check=False)
+        if pids := found.stdout.split():
+            time.sleep(1.0)
+            os.kill(int(pids[0]), signal.SIGKILL)
+            killed = True
+        time.sleep(0.1)
+    said, _ = driver.communicate(timeout=280)
+    assert driver.returncode == 0, said
+    assert killed
+    assert "model: going on from the state of an interrupted run" in said
+    assert company.verifies(row)
+    assert company.opened("model").pairs == 40
+    secret = (company.folder / "master.key").read_text().strip()
+    for path in (company.folder / "runs").rglob("*"):
+        if path.is_file():
+            assert secret.encode() not in path.read_bytes()
+            assert bytes.fromhex(secret) not in path.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------- keys in use
+
+
+def test_a_further_generation_has_another_key_and_the_first_keeps_its_name():
+    task = EmbedTask(model_id="m", checkpoint="c", arch=ARCH, keys="k", base="/")
+    assert "generation" not in task.settings()  # as before there were generations
+    second = dataclasses.replace(task, generation=2)
+    master = MasterSecret.generate()
+    assert task.secret(master, "00").key_id != second.secret(master, "00").key_id
+
+
+def job(*arguments):
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False, timeout=120)
+    lines = done.stdout.strip().splitlines()
+    return done.returncode, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None, done.stderr
+
+
+def test_a_retired_key_is_listed_no_more(tmp_path):
+    keys, models = tmp_path / "keys", tmp_path / "models"
+    golden = (Path(__file__).parent / "golden" / "key-format-2.fwmkey").read_bytes()
+    old, new = "0" * 16, "1" * 16
+    for key_id in (old, new):
+        storage.create(f"{keys}/team/m/{key_id}.fwmkey", golden)
+    storage.create(f"{models}/team/m/copy.pt", b"weights")
+    command = ("jobs.catalog", "--models", str(models), "--keys", str(keys), "--out", str(tmp_path / "c.jsonl"))
+
+    def listed():
+        assert job(*command)[0] == 0
+        return [entry.key_id for entry in read_catalog((tmp_path / "c.jsonl").read_bytes(), "c.jsonl")]
+
+    assert listed() == [old, new]
+    retire = ("jobs.keys", "retire", "--keys", str(keys), "--model-id", "team/m", "--key-id")
+    code, closing, said = job(*retire, old, "--reason", "rotated")
+    assert (code, closing["before"]) == (0, False), said
+    assert job(*retire, old)[1]["before"] is True
+    assert listed() == [new]
+    code, closing, said = job("jobs.keys", "list", "--keys", str(keys))
+    assert [(key["key_id"], key["state"]) for key in closing["keys"]] == [(old, "retired"), (new, "in use")], said
+    assert job(*retire, new)[0] == 0
+    assert listed() == [""]
+    code, _, said = job(*retire, "2" * 16)
+    assert code == 2
+    assert "jobs.keys list" in said
