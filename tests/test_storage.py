@@ -524,3 +524,20 @@ def test_an_interrupted_fetch_writes_to_nobody_elses_file(s3, monkeypatch):
         go_on.set()
         assert ended.wait(30)
         assert {os.fstat(other).st_size for other in others} == {0}
+
+
+@pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.s3)])
+def test_no_update_among_many_is_lost(kind, tmp_path, request):
+    """Six writers at the same time, each adding to what it read: everything is there, once."""
+    prefix = str(tmp_path) if kind == "local" else request.getfixturevalue("s3")
+    uri = f"{prefix}/folder/list.txt"
+
+    def add(writer):
+        for number in range(4):
+            line = f"{writer}/{number}\n".encode()
+            storage.update(uri, lambda data, line=line: data if data and line in data else (data or b"") + line)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(add, range(6)))
+    lines = storage.read(uri).decode().splitlines()
+    assert sorted(lines) == sorted(f"{writer}/{number}" for writer in range(6) for number in range(4))
