@@ -39,6 +39,7 @@ class ErrorCode(StrEnum):
     RUNG_MISSING = "rung_not_in_key"
     # target classifier
     MODEL_UNSUITABLE = "model_unsuitable"
+    SETTINGS = "settings_unsuitable"
     MODEL_STOCHASTIC = "model_not_deterministic"
     NO_FLOAT64 = "model_not_float64"
     PAIRS_NOT_FOUND = "pairs_not_found"

@@ -91,7 +91,8 @@ def watermark(
         watch: Told of progress every few seconds.
 
     Raises:
-        UsageError: The cluster has no room for one model, or the master secret cannot be read on it.
+        UsageError: The cluster has no room for one model or needs a common storage, or the master secret cannot
+            be read on it.
     """
     # Looked up before there is room for a whole run: a night on which nothing is new needs no GPU.
     ids: dict[int, str] = {}
@@ -102,6 +103,10 @@ def watermark(
             yield tasks[number], found
     if not ids:
         return
+    if run_storage is None and sum(node["Alive"] for node in ray.nodes()) > 1:
+        raise UsageError(
+            "the cluster has several nodes: name a --storage that all of them reach, as in s3://acme/train"
+        )
     room = find_room(workers, len(ids), parallel, patience_s)
     log.info(
         "%d models to watermark, %d at a time, %d worker(s) each with %d CPU(s)%s",
@@ -217,7 +222,7 @@ def _failed(task: EmbedTask, error: BaseException) -> Failed:
     if isinstance(finding, FwmError):
         return Failed(task.model_id, finding.code, finding.message)
     if isinstance(finding, UsageError):
-        return Failed(task.model_id, ErrorCode.MODEL_UNSUITABLE, str(finding))
+        return Failed(task.model_id, ErrorCode.SETTINGS, str(finding))
     ends = [finding, *getattr(finding, "worker_failures", {}).values()]
     if any(isinstance(end, RayError) and not isinstance(end, RayTaskError) for end in ends):
         message = "its workers died again and again: look at their nodes' memory and at the model"

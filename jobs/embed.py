@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fwm_audit import storage
 from fwm_audit.catalog import CatalogEntry, add_entries, check_model_id, read_catalog
-from fwm_audit.errors import FwmError, UsageError
+from fwm_audit.errors import ErrorCode, FwmError, UsageError
 from fwm_audit.key import MasterSecret
 from fwm_audit.peers import Progress
 from fwm_audit.releases import Failed, watermark
@@ -166,6 +166,8 @@ def _close(outcomes: Sequence[Embedded | Failed], *, many: bool) -> None:
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
     published = [outcome for outcome in outcomes if isinstance(outcome, Embedded)]
     if not many:
+        if failed and failed[0].code is ErrorCode.SETTINGS:
+            raise UsageError(failed[0].message)
         if failed:
             raise FwmError(failed[0].code, failed[0].message)
         (only,) = published

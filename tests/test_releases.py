@@ -271,3 +271,11 @@ def test_a_retired_key_is_listed_no_more(tmp_path):
     code, _, said = job(*retire, "2" * 16)
     assert code == 2
     assert "jobs.keys list" in said
+
+
+def test_several_nodes_need_a_common_storage(monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: nodes((2, 0), (2, 0)))
+    monkeypatch.setattr(releases, "_look_up", lambda _: iter([(0, "0" * 16)]))
+    task = EmbedTask(model_id="m", checkpoint="c", arch=ARCH, keys="k", base="/")
+    with pytest.raises(UsageError, match="--storage"):
+        next(releases.watermark([task], workers=1))
