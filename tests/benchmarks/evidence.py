@@ -32,6 +32,7 @@ from tests.benchmarks.baselines import Methods
 from tests.benchmarks.edits import (
     BENIGN,
     EDITS,
+    POPULATIONS,
     Benign,
     Edit,
     applicable,
@@ -417,6 +418,7 @@ def markdown(described: list[dict[str, Any]], rows: dict[str, list[dict[str, Any
             for network in described
         ),
     )  # fmt: skip
+    yield from _short(described, rows)
     for network in described:
         yield from _network_section(network, rows[network["name"]])
     yield "## Not reproduced from the paper"
@@ -431,6 +433,39 @@ def markdown(described: list[dict[str, Any]], rows: dict[str, list[dict[str, Any
     yield ""
     for network in described:
         yield f"- {network['name']}: {network['machine']}; `{network['command']}`"
+
+
+def _short(described: list[dict[str, Any]], rows: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Edits that must be noticed, in all, and single bits: the table of the README."""
+    yield "## In short"
+    yield ""
+    yield "Share detected of the edits that must be (all but pruning below 0.1 %, single weights and bits), of how many."
+    yield "Bits: one flipped bit (sign, exponent or mantissa) of one uniformly random weight, detected of tried, and the"
+    yield "share predicted to first order from the gradients at the triggers."
+    yield ""
+    methods = [method for method in METHODS if any(method in network["methods"] for network in described)]
+    head = ["network", "pairs", *methods, "false alarms of mirror", *(f"bits of {name}" for name in POPULATIONS)]
+    yield from _table(head, (_short_row(network, methods, rows[network["name"]]) for network in described))
+
+
+def _short_row(network: dict[str, Any], methods: list[str], rows: list[dict[str, Any]]) -> list[str]:
+    edits = [row for row in rows if row["kind"] == "edit" and row["elements_changed"]]
+    cells = [network["name"], str(network["pairs"])]
+    for method in methods:
+        mine = [row["detected"] for row in edits if row["required"] and row["method"] == method]
+        cells.append(f"{sum(mine) / len(mine):.1%} ({len(mine)})" if mine else "")
+    benign = [row["detected"] for row in rows if row["kind"] == "benign" and row["method"] == "mirror"]
+    cells.append(f"{sum(benign)} of {len(benign)} runs" if benign else "")
+    for drawn_from in POPULATIONS:
+        bits = [
+            row
+            for row in edits
+            if row["method"] == "mirror" and row["population"] == drawn_from and not row["edit"].endswith("times 1.001")
+        ]
+        predicted = sum(row["predicted"] for row in bits) / max(1, len(bits))
+        seen = sum(row["detected"] for row in bits)
+        cells.append(f"{seen} of {len(bits)} ({predicted:.1%})" if bits else "")
+    return cells
 
 
 def _network_section(network: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[str]:
