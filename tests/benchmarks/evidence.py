@@ -440,7 +440,7 @@ def _short(described: list[dict[str, Any]], rows: dict[str, list[dict[str, Any]]
     yield "## In short"
     yield ""
     yield "Share detected of the edits that must be (all but pruning below 0.1 %, single weights and bits), of how many"
-    yield "tries. Bits: one flipped bit (sign, exponent, mantissa) of one uniformly random weight, detected of tried, and"
+    yield "tries. Bits: one flipped bit (sign, exponent, mantissa) of a uniformly random weight, detected of tried, and"
     yield "the share predicted to first order from the gradients at the triggers."
     yield ""
     methods = [method for method in METHODS if any(method in network["methods"] for network in described)]
