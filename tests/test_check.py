@@ -17,7 +17,7 @@ from fwm_audit.architectures import build
 from fwm_audit.catalog import CatalogEntry
 from fwm_audit.check import Auditor
 from fwm_audit.errors import ErrorCode, UsageError
-from fwm_audit.key import MasterSecret, fingerprint, key_name
+from fwm_audit.key import MasterSecret, fingerprint, key_name, retirement_name
 from fwm_audit.records import AuditSettings
 from fwm_audit.train import EmbedTask, embed_model
 from fwm_audit.triggers import TriggerSet
@@ -322,9 +322,11 @@ def test_bad_rows_and_keys_become_errors_with_their_code(world):
     own = keys / key_name("conv", world.published.key_id)
     other = keys / key_name("other", world.published.key_id)
     damaged = keys / key_name("damaged", world.published.key_id)
-    for path, data in ((other, own.read_bytes()), (damaged, own.read_bytes()[:-1] + b"x")):
+    retired = keys / key_name("retired", world.published.key_id)
+    for path, data in ((other, own.read_bytes()), (damaged, own.read_bytes()[:-1] + b"x"), (retired, b"any")):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
+    (keys / retirement_name("retired", world.published.key_id)).write_text("{}")
     MasterSecret.generate_file(world.folder / "wrong.key")
     name = f"conv/{world.published.key_id}"
     cases = [
@@ -333,6 +335,7 @@ def test_bad_rows_and_keys_become_errors_with_their_code(world):
         (ErrorCode.KEY_MISSING, {"key_id": "0" * 16}, {}),
         (ErrorCode.KEY_OTHER_MODEL, {"model_id": "other"}, {}),
         (ErrorCode.KEY_UNREADABLE, {"model_id": "damaged"}, {}),
+        (ErrorCode.KEY_RETIRED, {"model_id": "retired"}, {}),
         (ErrorCode.KEY_UNREADABLE, {}, {"master_key_file": str(world.folder / "wrong.key")}),
         (ErrorCode.KEY_CHANGED, {}, {"key_fingerprints": {name: "0" * 64}}),
         (ErrorCode.KEY_CHANGED, {}, {"key_fingerprints": {name: None}}),
