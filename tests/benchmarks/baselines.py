@@ -124,7 +124,7 @@ class Methods:
         if self.features is None:
             twin = float64_copy(model, torch.device("cpu"))
             return Seen(method, breaks(twin, triggers, rung, torch.device("cpu")), rung.triggers, None, None)
-        logits, labels = self.exact_logits(model), triggers.materialise(rung)[1]
+        logits, labels = self.exact_logits(model), triggers.classes[rung.index].reshape(-1)
         changed = int((logits.argmax(1) != labels).sum())
         finite = bool(torch.isfinite(logits).all())
         return Seen(method, changed > 0 or not finite, len(labels), changed, len(labels))
@@ -139,8 +139,7 @@ class Methods:
     def explain(self, model: nn.Module) -> Missed:
         """Why an edited model passes: what its float64 logits on the mirrored pairs did."""
         logits = self.exact_logits(model)
-        _, labels = self.mirror.materialise(self.mirror.rungs[0])
-        classes = labels.view(-1, 2).repeat_interleave(2, 0)
+        classes = self.mirror.classes[self.mirror.rungs[0].index].repeat_interleave(2, 0)
         moved = (_gaps(logits, classes) - _gaps(self.logits, classes)).abs().max().item()
         if torch.equal(logits, self.logits):
             return Missed("no logit moved", moved)
