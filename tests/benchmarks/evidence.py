@@ -8,6 +8,7 @@ changes: after the first round every row of the tables has its first try.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import math
@@ -258,8 +259,8 @@ def permuted_by(model: nn.Module, permute: Callable[[nn.Module, torch.Generator]
 def _describe(network: Network, methods: Methods, folder: Path, planned: int) -> None:
     """Write what the tables say about a network, and refuse results that belong to other triggers."""
     known = descriptions(folder.parent).get(network.name, {})
-    made = methods.mirror.created_at if methods.mirror else known.get("created_at")
-    if known.get("created_at", made) != made:
+    of_key = _of_key(methods.mirror) if methods.mirror else {name: known.get(name) for name in _OF_KEY}
+    if known and known["triggers"] != of_key["triggers"]:
         raise typer.BadParameter(f"the results in {folder} belong to other triggers: use another folder")
     # A run may add methods to those of earlier ones.
     seconds = known.get("seconds", {}) | methods.seconds
@@ -273,7 +274,7 @@ def _describe(network: Network, methods: Methods, folder: Path, planned: int) ->
         "methods": [method for method in METHODS if method in had],
         "failed": failed,
         "seconds": seconds,
-        **(_of_key(methods.mirror) if methods.mirror else {name: known.get(name) for name in _OF_KEY}),
+        **of_key,
         "planned": planned,
         "machine": machine(),
         # Without the options of one run: results add up over runs.
@@ -282,12 +283,16 @@ def _describe(network: Network, methods: Methods, folder: Path, planned: int) ->
     _replace(folder / "network.json", lambda part: part.write_text(json.dumps(described, indent=1)))
 
 
-_OF_KEY = ("pairs", "delta", "noise", "coverage", "created_at")
+_OF_KEY = ("pairs", "delta", "noise", "coverage", "triggers")
 
 
 def _of_key(key: TriggerSet) -> dict[str, Any]:
+    """What the tables say of a key; by the digest of its triggers it is known again when it is made anew."""
     finest = key.rungs[0]
-    values = (key.pairs, finest.delta, finest.noise, key.coverage.total, key.created_at)
+    digest = hashlib.sha256()
+    for tensor in (key.classes, key.images, key.signs, *(rung.t for rung in key.rungs)):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    values = (key.pairs, finest.delta, finest.noise, key.coverage.total, digest.hexdigest())
     return dict(zip(_OF_KEY, values, strict=True))
 
 
