@@ -332,7 +332,7 @@ class _Kept:
         if {name: found.get(name) for name in self.header} != self.header:
             return None
         if _rank() == 0:
-            log.info("%s: going on from the state of an interrupted run", self.header["model_id"])
+            log.warning("%s: going on from the state of an interrupted run", self.header["model_id"])
         return state
 
     def save(self, state: bytes) -> None:

@@ -133,9 +133,12 @@ class Company:
         """Until a run of this model has kept its first state."""
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline:
-            for path in (self.folder / "runs").glob(f"fwm-embed-{name}-*/*/search.sealed"):
-                if path.read_bytes().startswith(MAGIC):
-                    return
+            # Ray Train goes on from what its own snapshot names, which it writes after the state.
+            states = list((self.folder / "runs").glob(f"fwm-embed-{name}-*/*/search.sealed"))
+            snapshots = list((self.folder / "runs").glob(f"fwm-embed-{name}-*/checkpoint_manager_snapshot.json"))
+            if states and snapshots and "checkpoint_" in snapshots[0].read_text():
+                assert states[0].read_bytes().startswith(MAGIC)
+                return
             time.sleep(0.1)
         raise TimeoutError("no state was kept")
 
