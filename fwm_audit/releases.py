@@ -83,7 +83,7 @@ def watermark(
     """Each task with its outcome, as they come.
 
     Args:
-        tasks: Models; no two of them may make the same key.
+        tasks: Models; one that repeats another (same model, same file) fails as a duplicate.
         workers: Ray Train workers of each model.
         parallel: Models at a time; None is as many as there is room for.
         run_storage: As for `train_model`.
