@@ -57,8 +57,7 @@ class Generator(nn.Module):
         while side < max(self.height, self.width):
             side *= 2
             narrow = channels * _WIDE_SIDE // max(side, _WIDE_SIDE)
-            layers += [nn.Upsample(scale_factor=2, mode="nearest")]
-            layers += [equalised(narrow, wide, 3, 3), nn.LeakyReLU(0.2), _PixelNorm()]
+            layers += [_Doubled(equalised(narrow, wide, 3, 3)), nn.LeakyReLU(0.2), _PixelNorm()]
             layers += [equalised(narrow, narrow, 3, 3), nn.LeakyReLU(0.2), _PixelNorm()]
             wide = narrow
         layers += [equalised(input_shape[0], wide, 1, 1)]
@@ -88,6 +87,30 @@ class _Equalised(nn.Module):
         if weight.dim() == 2:
             return functional.linear(x, weight, bias)
         return functional.conv2d(x, weight, bias, padding="same")
+
+
+class _Doubled(nn.Module):
+    """A 3 x 3 convolution of the map at twice its size, every pixel repeated, in 4 ninths of the operations.
+
+    Of three rows of the large map two are the same row of the small one: an even row sees the one before
+    through w0 and its own through w1 + w2, an odd row its own through w0 + w1 and the next through w2.
+    """
+
+    def __init__(self, inner: _Equalised) -> None:
+        super().__init__()
+        self.inner = inner
+        rows = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [odd, small row, large row]
+        self.register_buffer("rows", rows, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.inner.weight * self.inner.scale, self.inner.bias * self.inner.scale
+        _, _, height, width = x.shape
+        # One kernel [in, 2, 2] for each output channel o and each place p, q among the four pixels made of one.
+        kernels = torch.einsum("oiyx,pay,qbx->opqiab", weight, self.rows, self.rows).flatten(0, 2)
+        bias = bias.repeat_interleave(4)
+        sums = functional.conv2d(x, kernels, bias, padding=1).unflatten(1, (-1, 2, 2))
+        places = [[sums[:, :, p, q, p : p + height, q : q + width] for q in (0, 1)] for p in (0, 1)]
+        return torch.stack([torch.stack(line, -1).flatten(-2) for line in places], 3).flatten(2, 3)
 
 
 class _PixelNorm(nn.Module):

@@ -71,6 +71,17 @@ def tiny():
 
 
 @pytest.mark.parametrize(("classes", "expected"), [(10, "0.99"), (100, "4.9"), (200, "6.8"), (1000, "inf")])
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 1)])
+def test_doubling_is_the_convolution_of_the_map_with_every_pixel_repeated(size):
+    draws = torch.Generator().manual_seed(0)
+    layer = yin2022._Equalised(torch.randn(6, 5, 3, 3, generator=draws, dtype=torch.float64))
+    layer.bias.data = torch.randn(6, generator=draws, dtype=torch.float64)
+    x = torch.randn(2, 5, *size, generator=draws, dtype=torch.float64)
+    torch.testing.assert_close(
+        yin2022._Doubled(layer).double()(x), layer(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    )
+
+
 def test_the_margin_has_the_published_values(classes, expected):
     assert f"{margin(classes):.{len(expected.partition('.')[2])}f}" == expected
 
