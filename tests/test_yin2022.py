@@ -67,10 +67,6 @@ def tiny():
     return target_of((3, 4, 4))
 
 
-# ---------------------------------------------------------------------------------- where the loss settles
-
-
-@pytest.mark.parametrize(("classes", "expected"), [(10, "0.99"), (100, "4.9"), (200, "6.8"), (1000, "inf")])
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 1)])
 def test_doubling_is_the_convolution_of_the_map_with_every_pixel_repeated(size):
     draws = torch.Generator().manual_seed(0)
@@ -82,6 +78,10 @@ def test_doubling_is_the_convolution_of_the_map_with_every_pixel_repeated(size):
     )
 
 
+# ---------------------------------------------------------------------------------- where the loss settles
+
+
+@pytest.mark.parametrize(("classes", "expected"), [(10, "0.99"), (100, "4.9"), (200, "6.8"), (1000, "inf")])
 def test_the_margin_has_the_published_values(classes, expected):
     assert f"{margin(classes):.{len(expected.partition('.')[2])}f}" == expected
 
