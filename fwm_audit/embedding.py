@@ -34,6 +34,7 @@ from fwm_audit.target import Target
 from fwm_audit.triggers import FOLDED, Coverage, Rung, TriggerSet, place
 from fwm_audit.verdict import Tolerance, upper_rate
 from fwm_audit.verification import device_of, dtype_of
+from fwm_audit.waking import features
 
 #: Pairs that one rank works on at a time: bounds memory, and enough to fill two to sixteen cores.
 BLOCK: Final = 24
@@ -307,6 +308,10 @@ class _Search:
         self.candidates = min(_CANDIDATES, 1 + _SPARE / goal)
         #: By name of a bias, int64: blocks that tried to wake each unit.
         self.pulls: dict[str, Tensor] = {}
+        #: Where each class will stand at one or two boundaries, no other pair makes up for a feature that sleeps.
+        self.features = ""
+        if target.num_classes / 2 <= goal <= target.num_classes:
+            self.features = features(target.trainee, target.plain(torch.float32).to(target.device))
         #: Pairs by number that were made and not chosen.
         self.left_out: dict[int, tuple[int, int]] = {}
 
@@ -391,7 +396,7 @@ class _Search:
         wanted = torch.tensor(classes)
         draws = gen.noise(self.secret, list(numbers)).to(target.device)
         inputs = train(target, self.net, self.optimizer, draws, wanted, len(block), peers, self.report, self.steps)
-        inputs = refine(target, inputs, wanted, self._asleep(), self.report)
+        inputs = refine(target, inputs, wanted, self._asleep(), self.features, self.report)
         mine = centre(target, inputs, torch.tensor(numbers), wanted)
         if not self.delta:
             points = place(mine.images, mine.signs, mine.t, target.range)

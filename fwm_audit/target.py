@@ -113,6 +113,10 @@ class Target:
         """Spacing of `dtype` at the largest plain logit, in logits."""
         return torch.finfo(self.dtype).eps * self.magnitude
 
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """Fixed inputs [4, *shape], within the range but of no meaning."""
+        return _plain_inputs(self.shape, self.range).to(dtype)
+
     def run(self, model: nn.Module, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Logits [N, K] of a copy in `dtype` (None: that of the labels), as float64 on the CPU."""
         return run(model, inputs.to(dtype or self.dtype), self.device).double()

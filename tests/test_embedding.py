@@ -370,9 +370,9 @@ def test_a_large_key_gives_up_dead_units_and_tells_the_distance_by_few_pairs(mon
     model[4].bias.data[0] = -100.0  # behind the second convolution: no input raises it
     asked = []
 
-    def refine(target, inputs, classes, asleep, report):
+    def refine(target, inputs, classes, asleep, *others):
         asked.append({name: units.tolist() for name, units in asleep.items()})
-        return pairs.refine(target, inputs, classes, asleep, report)
+        return pairs.refine(target, inputs, classes, asleep, *others)
 
     monkeypatch.setattr("fwm_audit.embedding.refine", refine)
     triggers = embedded(model, pairs=100)
