@@ -27,7 +27,7 @@ from fwm_audit.target import gap_and_lead
 from fwm_audit.triggers import levels, place, quantise
 from fwm_audit.verdict import Tolerance
 from fwm_audit.verification import float64_copy
-from fwm_audit.waking import Waking
+from fwm_audit.waking import Waking, features
 from tests import nets
 
 SECRET = SecretKey(bytes(range(32)))
@@ -633,6 +633,31 @@ def test_units_that_sleep_are_woken():
         patch.setattr("fwm_audit.embedding.Covered.asleep", lambda _: {})
         plain = embedded(model, pairs=12).coverage
     assert covered.total > plain.total + 0.02
+
+
+def test_with_as_many_triggers_as_classes_every_row_of_the_last_layer_is_seen():
+    """Each class has one pair, whose input must raise all features."""
+    model = nn.Sequential(nn.Linear(128, 40), nn.ReLU(), nn.Linear(40, 12))
+    for layer in (model[0], model[2]):
+        nn.init.orthogonal_(layer.weight, generator=torch.Generator().manual_seed(0))  # any two classes can lead
+    model.input_shape = (128,)
+    covered = embedded(model, pairs=6).coverage.layers["2.weight"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fwm_audit.embedding.features", lambda *_: "")
+        plain = embedded(model, pairs=6).coverage.layers["2.weight"]
+    assert covered > max(0.95, plain + 0.1)
+
+
+def test_the_features_are_the_last_units_that_can_sleep():
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = nets.convnet().double()
+    assert features(model, x) == "4.bias"
+    model[4].bias.data += 100.0
+    assert features(model, x) == ""
+    model[1].bias.data[0] = -100.0
+    assert features(model, x) == "1.bias"
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if name.endswith("bias"))
+    assert features(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)).double(), x) == ""
 
 
 def test_waking_watches_what_it_was_given_and_leaves_no_hook():
