@@ -114,7 +114,7 @@ class Methods:
             _labelled(m, model, self.inputs[m], self.labels[m]) for m in self.inputs if m in wanted and not declared
         ]
         if "mirror" in wanted:
-            checked = self._briefly if self.brief else _verified
+            checked = self._briefly if self.brief and not declared else _verified
             found.append(checked("mirror", model, self.declaring if declared else self.mirror))
         return found
 
@@ -123,7 +123,8 @@ class Methods:
         rung = triggers.rungs[0]
         if self.features is None:
             twin = float64_copy(model, torch.device("cpu"))
-            return Seen(method, breaks(twin, triggers, rung, torch.device("cpu")), rung.triggers, None, None)
+            broken = breaks(twin, triggers, rung, torch.device("cpu"))
+            return Seen(method, broken, rung.triggers, None if broken else 0, None if broken else rung.triggers)
         logits, labels = self.exact_logits(model), triggers.classes[rung.index].reshape(-1)
         changed = int((logits.argmax(1) != labels).sum())
         finite = bool(torch.isfinite(logits).all())
@@ -258,7 +259,7 @@ def make(network: Network, cache: Path) -> Methods:
         return Methods(None, None, inputs, labels, torch.empty(0), made.seconds, failed, {})
     untouched = Methods(
         mirror, declaring, inputs, labels, torch.empty(0), made.seconds, failed, _slopes(network, mirror),
-        brief=bool(network.populations), head=network.head, features=_constant_features(network, mirror),
+        brief=network.brief, head=network.head, features=_constant_features(network, mirror),
     )  # fmt: skip
     return replace(untouched, logits=untouched.exact_logits(network.model))
 

@@ -68,9 +68,9 @@ class Network:
         sibling: Whether another model of these shapes can be had by training a while from other weights.
         methods: Methods compared.
         pairs: Mirrored pairs.
-        populations: Where given, only single weights and bits of these are edited and nothing else is run, for
-            budgets at which a check takes a minute: it ends at the first changed label, and where only the last
-            layer is edited, its inputs are computed once.
+        brief: Whether a check with `mirror` ends at the first changed label, where all of it takes half a minute.
+        populations: Where given, only single weights and bits of these are edited and nothing else is run; where
+            that is the last layer alone, its inputs are computed once.
     """
 
     name: str
@@ -95,6 +95,7 @@ class Network:
     sibling: bool = True
     methods: tuple[str, ...] = METHODS
     pairs: int = 16
+    brief: bool = False
     populations: tuple[str, ...] = ()
 
     @property
@@ -277,6 +278,7 @@ def _efficientnet_lite0(cache: Path) -> Network:
         baseline_tries=1,
         long_tries=0,  # 100 steps take ten minutes here
         trigger_steps=20,
+        brief=True,
         sibling=False,
         # With 1000 classes its loss never settles (`yin2022.margin` is infinite), and a step takes an hour.
         methods=tuple(method for method in METHODS if method != "yin2022"),
