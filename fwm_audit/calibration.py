@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fwm_audit.errors import EmbeddingError, ErrorCode, ModelError
 from fwm_audit.pairs import Pairs, solve
-from fwm_audit.peers import Peers
+from fwm_audit.peers import UNIT, Peers
 from fwm_audit.target import Target, executions, gap_and_lead, lower_precision, rounded
 from fwm_audit.triggers import Coverage, Rung, TriggerSet, place
 from fwm_audit.verdict import Tolerance, Verdict
@@ -69,23 +69,26 @@ def make_rungs(target: Target, pairs: Pairs, delta: float, noise: float, peers: 
     for number, (variant, twin) in enumerate(target.twins.items()):
         rungs.append(Rung(variant, finest, delta, noise, dtype, everyone, pairs.sides[number]))
         for name, (level, shift) in wide.items():
-            rows = everyone[:_WIDE_PAIRS][peers.rank :: peers.size]
-            mine = pairs.take(rows)
-            center = mine.t if number == 0 else mine.sides[number].mean(1)
-            sides = []
-            good = torch.ones(len(mine), dtype=torch.bool)
-            for sign in (1, -1):
-                found = solve(target, twin, mine, center + sign * level / mine.slope, sign * level, level / 8)
-                sides.append(found.t)
-                good &= found.solved & (found.lead > level / 2)
-            parts = peers.gather((rows[good], torch.stack(sides, 1)[good]))
-            index = torch.cat([part[0] for part in parts])
+            units = everyone[:_WIDE_PAIRS].split(UNIT)
+            found = [_sides(target, twin, pairs.take(rows), number, level) for rows in peers.share(units)]
+            t, good = map(torch.cat, zip(*peers.collect(found, len(units)), strict=True))
+            index = good.nonzero().flatten()
             # What a few pairs say of the distance is no rung.
             if 2 * len(index) >= max(1, min(len(pairs), _WIDE_PAIRS)):
-                order = index.argsort()
-                t = torch.cat([part[1] for part in parts])[order]
-                rungs.append(Rung(variant, name, level, noise, dtype, index[order], t, shift))
+                rungs.append(Rung(variant, name, level, noise, dtype, index, t[index], shift))
     return tuple(rungs)
+
+
+def _sides(target: Target, twin: nn.Module, pairs: Pairs, number: int, level: float) -> tuple[Tensor, Tensor]:
+    """t [n, 2] at +level and -level for a variant and its number, and bool [n], which pairs reach both."""
+    center = pairs.t if number == 0 else pairs.sides[number].mean(1)
+    sides = []
+    good = torch.ones(len(pairs), dtype=torch.bool)
+    for sign in (1, -1):
+        found = solve(target, twin, pairs, center + sign * level / pairs.slope, sign * level, level / 8)
+        sides.append(found.t)
+        good &= found.solved & (found.lead > level / 2)
+    return torch.stack(sides, 1), good
 
 
 def _wide_deltas(target: Target, pairs: Pairs) -> dict[Tolerance, tuple[float, float]]:

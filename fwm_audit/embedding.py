@@ -1,7 +1,8 @@
 """Embedding: from a model and a secret key to a trigger set, the model untouched.
 
 The work of one call is divided over the ranks of the torch.distributed process group, if there is
-one: the generator is trained data-parallel over the pairs, the rest is sharded by pair. The method
+one: the generator is trained data-parallel over the pairs, the rest is sharded by pair, in units that
+any number of ranks computes alike. The method
 descends from Yin et al., ICIP 2022 (arXiv 2208.07585), whose triggers stand at a margin that its
 loss sets; these stand at a distance that numeric noise sets.
 """
@@ -12,7 +13,7 @@ import io
 import itertools
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -29,15 +30,16 @@ from fwm_audit.datasheet import simulate
 from fwm_audit.errors import EmbeddingError, ErrorCode, ModelError, UsageError
 from fwm_audit.key import SecretKey
 from fwm_audit.pairs import Pairs, centre, place_exact, refine, train
-from fwm_audit.peers import Keeper, Peers, Progress, Report
+from fwm_audit.peers import UNIT, Keeper, Peers, Progress, Report
 from fwm_audit.target import Target
 from fwm_audit.triggers import FOLDED, Coverage, Rung, TriggerSet, place
 from fwm_audit.verdict import Tolerance, upper_rate
 from fwm_audit.verification import device_of, dtype_of
-from fwm_audit.waking import features
+from fwm_audit.waking import Waking, features
 
-#: Pairs that one rank works on at a time: bounds memory, and enough to fill two to sixteen cores.
-BLOCK: Final = 24
+#: Candidates that are made before the next ones are chosen, for a key of few pairs and of many: as many units
+#: as ranks have work.
+BLOCKS: Final = (24, 96)
 #: Pairs made for each one that is kept: those that cover most of the parameters are.
 _CANDIDATES: Final = 1.5
 #: ... but no more than these beyond the pairs asked for: many pairs leave little to choose.
@@ -66,7 +68,6 @@ def embed(
     arch: str = "",
     checkpoint_sha256: str = "",
     released: str | None = None,
-    prepare: Callable[[nn.Module], nn.Module] | None = None,
     progress: Report | None = None,
     keeper: Keeper | None = None,
 ) -> TriggerSet:
@@ -92,7 +93,6 @@ def embed(
         arch: Name from which auditors rebuild the architecture, see `architectures`.
         checkpoint_sha256: Digest of the released file.
         released: Dtype of the released file, which names its variant; None is that of the parameters.
-        prepare: Wraps the generator for data-parallel training (Ray Train's `prepare_model`).
         progress: Called at every step.
         keeper: Keeps what was found after each block of pairs, and lets another attempt go on from there.
 
@@ -122,7 +122,7 @@ def embed(
         if method == "yin2022":
             triggers = _published(target, secret, named, report)
         else:
-            triggers = _mirror(target, secret, pairs, coverage, prepare, named, report, keeper)
+            triggers = _mirror(target, secret, pairs, coverage, named, report, keeper)
         report(Progress("confirm", 0, 1))
         benign, noise = confirm(target, triggers)
         rungs = tuple(replace(rung, noise=max(rung.noise, noise)) for rung in triggers.rungs)
@@ -144,14 +144,13 @@ def _mirror(
     secret: SecretKey,
     pairs: int,
     coverage: float | None,
-    prepare: Callable[[nn.Module], nn.Module] | None,
     named: dict[str, Any],
     report: Report,
     keeper: Keeper | None,
 ) -> TriggerSet:
     """The mirrored pairs of `method.mirror`, not yet confirmed."""
     peers = Peers.current()
-    search = _Search(target, secret, pairs, peers, prepare, report)
+    search = _Search(target, secret, pairs, peers, report)
     if keeper is not None and (state := keeper.load()) is not None:
         search.restore(state)
     made, delta, noise, covered = _make_pairs(search, pairs, coverage, report, keeper)
@@ -274,13 +273,6 @@ def _make_pairs(
 _COUNTERS: Final = ("noise", "delta", "blocks", "steps", "taken")
 
 
-def _plain(net: nn.Module) -> nn.Module:
-    """The generator inside what prepares it for data-parallel training."""
-    inner = getattr(net, "module", net)
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
 class _Search:
     """The search for pairs, block after block of candidates; the same on every rank but for who makes which."""
 
@@ -290,12 +282,10 @@ class _Search:
         secret: SecretKey,
         goal: int,
         peers: Peers,
-        prepare: Callable[[nn.Module], nn.Module] | None,
         report: Report,
     ) -> None:
         self.target, self.secret, self.peers, self.report = target, secret, peers, report
-        net: nn.Module = gen.Generator(target.shape, target.range, secret).to(target.device)
-        self.net = prepare(net) if prepare is not None else net
+        self.net = gen.Generator(target.shape, target.range, secret).to(target.device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), 2e-3, betas=(0.5, 0.999))
         self.stream: Iterator[tuple[int, tuple[int, int]]] = enumerate(gen.class_pairs(secret, target.num_classes))
         self.taken = 0  # of the stream
@@ -304,6 +294,7 @@ class _Search:
         self.noise = self.delta = 0.0
         self.blocks = 0
         self.steps = _STEPS[0]
+        self.block = BLOCKS[goal > 2 * BLOCKS[1]]
         #: Candidates for each pair that is kept.
         self.candidates = min(_CANDIDATES, 1 + _SPARE / goal)
         #: By name of a bias, int64: blocks that tried to wake each unit.
@@ -345,9 +336,9 @@ class _Search:
     def _next_block(self, missing: int) -> dict[int, tuple[int, int]]:
         """Class pairs to try next, by number."""
         # A few at least, so that one hard pair is not tried alone again and again.
-        size = max(4, math.ceil(self.candidates * missing)) if missing else BLOCK
+        size = max(4, math.ceil(self.candidates * missing)) if missing else self.block
         # The first blocks are small: what they cover tells the later ones where to look.
-        size = max(self.peers.size, min(size, self.peers.size * min(BLOCK, 8 * (self.blocks + 1))))
+        size = min(size, self.block, 8 * (self.blocks + 1))
         self.blocks += 1
         # K / 2 pairs are to involve every class: no edge of a ring that could be made is given up for coverage.
         again = [number for number, edge in self.left_out.items() if not self.covered.classes >= {*edge}][:size]
@@ -361,7 +352,7 @@ class _Search:
         torch.save(
             {
                 "dtype": str(self.target.dtype),
-                "net": _plain(self.net).state_dict(),
+                "net": self.net.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "kept": [{field.name: getattr(part, field.name) for field in fields(part)} for part in self.kept],
                 "seen": torch.from_numpy(self.covered.seen),
@@ -379,7 +370,7 @@ class _Search:
         held = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
         if held["dtype"] != str(self.target.dtype):
             return  # of the attempt in float64, which the model turned out not to know
-        _plain(self.net).load_state_dict(held["net"])
+        self.net.load_state_dict(held["net"])
         self.optimizer.load_state_dict(held["optimizer"])
         self.kept = [Pairs(**part) for part in held["kept"]]
         self.covered.seen = held["seen"].numpy()
@@ -392,20 +383,26 @@ class _Search:
     def _candidates(self, block: dict[int, tuple[int, int]]) -> tuple[Pairs, list[NDArray[np.uint8]]]:
         """Those pairs of the block that can be made, from all ranks, and the parameters that each sees."""
         target, peers = self.target, self.peers
-        numbers, classes = zip(*list(block.items())[peers.rank :: peers.size], strict=True)
-        wanted = torch.tensor(classes)
-        draws = gen.noise(self.secret, list(numbers)).to(target.device)
-        inputs = train(target, self.net, self.optimizer, draws, wanted, len(block), peers, self.report, self.steps)
-        inputs = refine(target, inputs, wanted, self._asleep(), self.features, self.report)
-        mine = centre(target, inputs, torch.tensor(numbers), wanted)
+        numbers = list(block)
+        wanted = torch.tensor([block[number] for number in numbers])
+        rows = torch.arange(len(numbers)).split(UNIT)
+        draws = gen.noise(self.secret, numbers).to(target.device)
+        units = [(draws[unit.to(draws.device)], wanted[unit]) for unit in rows]
+        inputs = train(target, self.net, self.optimizer, units, peers, self.report, self.steps)
+        made = []
+        with Waking(target.trainee, self._asleep(), len(numbers), target.num_classes, self.features) as waking:
+            for unit, drawn in zip(peers.share(rows), inputs, strict=True):
+                refined = refine(target, drawn, wanted[unit], waking, unit, self.report)
+                made.append(centre(target, refined, torch.tensor(numbers)[unit], wanted[unit]))
         if not self.delta:
-            points = place(mine.images, mine.signs, mine.t, target.range)
-            measured = peers.gather((len(mine), measure_noise(target, target.released, points, mine.classes)))
+            points = [place(some.images, some.signs, some.t, target.range) for some in made]
+            noises = [measure_noise(target, target.released, at, s.classes) for at, s in zip(points, made, strict=True)]
+            measured = peers.collect([(len(some), noise) for some, noise in zip(made, noises, strict=True)], len(rows))
             if any(count for count, _ in measured):
                 self.noise = max(seen for _, seen in measured)
                 self.delta = finest_delta(target, self.noise)
-        mine = place_exact(target, mine, self.delta)
-        parts = peers.gather((mine, self.covered.flags(target, mine, self.delta)))
+        made = [place_exact(target, some, self.delta) for some in made]
+        parts = peers.collect([(some, self.covered.flags(target, some, self.delta)) for some in made], len(rows))
         flags = {number: seen for part, rows in parts for number, seen in zip(part.number.tolist(), rows, strict=True)}
         # Joined pairs stand in the order of their numbers.
         return Pairs.join([part for part, _ in parts]), [flags[number] for number in sorted(flags)]

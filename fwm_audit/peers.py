@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
+import torch
 import torch.distributed
+from torch import Tensor
+
+T = TypeVar("T")
+
+#: Pairs in a unit of work, which one rank does at a time: bounds memory, and is the same for any number of ranks.
+UNIT: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,10 @@ class Keeper(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """The ranks that share one embedding: this process alone, or a torch.distributed group."""
+    """The ranks that share one embedding: this process alone, or a torch.distributed group.
+
+    Work is dealt in units that are the same for any number of ranks, so that results are too.
+    """
 
     rank: int
     size: int
@@ -48,6 +58,36 @@ class Peers:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
         return cls(0, 1)
+
+    def share(self, units: Sequence[T]) -> Sequence[T]:
+        """Those units of work that this rank does."""
+        return units[self.rank :: self.size]
+
+    def collect(self, mine: Sequence[T], count: int) -> list[T]:
+        """The results of all `count` units, in their order, given those of this rank's share; on every rank."""
+        parts = self.gather(list(mine))
+        return [parts[unit % self.size][unit // self.size] for unit in range(count)]
+
+    def total(self, mine: Sequence[Tensor], count: int, like: Tensor) -> Tensor:
+        """The sum over all `count` units of a tensor [*], given those of this rank's share; as and where `like` is.
+
+        Added one by one in the order of the units: floating-point sums depend on it, and this one must
+        not depend on the number of ranks.
+        """
+        total = torch.zeros_like(like)
+        if self.size == 1:
+            for value in mine:
+                total += value
+            return total
+        slots = -(-count // self.size)
+        padded = torch.zeros(slots, *like.shape, dtype=like.dtype)
+        for slot, value in enumerate(mine):
+            padded[slot] = value
+        everyone = [torch.empty_like(padded) for _ in range(self.size)]
+        torch.distributed.all_gather(everyone, padded)
+        for unit in range(count):
+            total += everyone[unit % self.size][unit // self.size].to(like.device)
+        return total
 
     def gather(self, mine: Any) -> list[Any]:
         """Every rank's value, on every rank, in rank order."""

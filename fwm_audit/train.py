@@ -25,7 +25,7 @@ import ray
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from fwm_audit import storage
 from fwm_audit.architectures import input_shape
@@ -196,7 +196,6 @@ def embed_model(task: EmbedTask) -> Embedded:
         arch=task.arch,
         checkpoint_sha256=digest,
         released=dtype,
-        prepare=prepare_model if torch.distributed.is_initialized() else None,
         progress=_Reporter(task),
         keeper=_Kept(master, task.model_id, secret.key_id) if torch.distributed.is_initialized() else None,
     )

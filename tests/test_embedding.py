@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fwm_audit import MasterSecret, SecretKey, TriggerSet, calibration, embed, pairs, verify, yin2022
+from fwm_audit import MasterSecret, SecretKey, TriggerSet, calibration, embed, verify, yin2022
 from fwm_audit.calibration import Covered, last_bit
 from fwm_audit.errors import EmbeddingError, ErrorCode, FwmError, KeyFileError, ModelError, UsageError
 from fwm_audit.generator import normal
@@ -357,12 +357,46 @@ def test_an_interrupted_embedding_goes_on_to_the_same_triggers(settings):
         else:
             break
     assert len(kept.states) == kept.loads - 1 > 1
+    assert_same(found, expected)
+
+
+def assert_same(found, expected):
     for name in ("classes", "images", "signs"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
     for mine, theirs in zip(found.rungs, expected.rungs, strict=True):
         assert torch.equal(mine.t, theirs.t)
         assert torch.equal(mine.index, theirs.index)
-    assert found.coverage == expected.coverage
+        assert (mine.delta, mine.shift) == (theirs.delta, theirs.shift)
+    assert (found.coverage, found.datasheet) == (expected.coverage, expected.datasheet)
+
+
+SHARED = {"pairs": 12, "variants": ["float16"]}
+
+
+def embed_with_peers(rank, size, folder):
+    """One rank of a group, in a process of its own."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(folder / f"store-{size}"), size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    embedded(nets.convnet(), **SHARED).save(folder / f"{size}-{rank}.fwmkey", master=MasterSecret(bytes(range(32))))
+
+
+@pytest.fixture
+def _one_thread():
+    """More of them sum in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_ranks_makes_the_same_key(tmp_path, size):
+    alone = embedded(nets.convnet(), **SHARED)
+    torch.multiprocessing.spawn(embed_with_peers, (size, tmp_path), nprocs=size)
+    for rank in range(size):
+        assert_same(TriggerSet.load(tmp_path / f"{size}-{rank}.fwmkey", master=MasterSecret(bytes(range(32)))), alone)
 
 
 def test_a_large_key_gives_up_dead_units_and_tells_the_distance_by_few_pairs(monkeypatch):
@@ -370,11 +404,11 @@ def test_a_large_key_gives_up_dead_units_and_tells_the_distance_by_few_pairs(mon
     model[4].bias.data[0] = -100.0  # behind the second convolution: no input raises it
     asked = []
 
-    def refine(target, inputs, classes, asleep, *others):
+    def waking(model, asleep, *others):
         asked.append({name: units.tolist() for name, units in asleep.items()})
-        return pairs.refine(target, inputs, classes, asleep, *others)
+        return Waking(model, asleep, *others)
 
-    monkeypatch.setattr("fwm_audit.embedding.refine", refine)
+    monkeypatch.setattr("fwm_audit.embedding.Waking", waking)
     triggers = embedded(model, pairs=100)
     assert triggers.pairs == 100
     assert len(asked) == 6  # the first block knows of no sleepers yet, the last one has given up
