@@ -30,7 +30,7 @@ from fwm_audit.datasheet import simulate
 from fwm_audit.errors import EmbeddingError, ErrorCode, ModelError, UsageError
 from fwm_audit.key import SecretKey
 from fwm_audit.pairs import Pairs, centre, place_exact, refine, train
-from fwm_audit.peers import UNIT, Keeper, Peers, Progress, Report
+from fwm_audit.peers import MOST_WORKERS, UNIT, Keeper, Peers, Progress, Report
 from fwm_audit.target import Target
 from fwm_audit.triggers import FOLDED, Coverage, Rung, TriggerSet, place
 from fwm_audit.verdict import Tolerance, upper_rate
@@ -39,7 +39,7 @@ from fwm_audit.waking import Waking, features
 
 #: Candidates that are made before the next ones are chosen, for a key of few pairs and of many: as many units
 #: as ranks have work.
-BLOCKS: Final = (24, 96)
+BLOCKS: Final = (MOST_WORKERS * UNIT, 96)
 #: Pairs made for each one that is kept: those that cover most of the parameters are.
 _CANDIDATES: Final = 1.5
 #: ... but no more than these beyond the pairs asked for: many pairs leave little to choose.

@@ -14,6 +14,8 @@ T = TypeVar("T")
 
 #: Pairs in a unit of work, which one rank does at a time: bounds memory, and is the same for any number of ranks.
 UNIT: Final = 4
+#: Ranks that find work in a block of pairs of a usual key.
+MOST_WORKERS: Final = 6
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ import ray.autoscaler.sdk
 from ray.exceptions import RayError, RayTaskError
 
 from fwm_audit.errors import ErrorCode, FwmError, UsageError
-from fwm_audit.peers import Progress
+from fwm_audit.peers import MOST_WORKERS, Progress
 from fwm_audit.train import Embedded, EmbedTask, look_up, train_model
 
 log = logging.getLogger(__name__)
@@ -49,10 +49,10 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How the cluster is shared out: runs at a time, and what each of their workers gets."""
+    """How the cluster is shared out: runs at a time, workers of each, and whether each of them has a GPU."""
 
     parallel: int
-    cpus: int
+    workers: int
     gpu: bool
 
 
@@ -74,7 +74,7 @@ class Board:
 def watermark(
     tasks: Sequence[EmbedTask],
     *,
-    workers: int,
+    workers: int | None = None,
     parallel: int | None = None,
     run_storage: str | None = None,
     patience_s: float = 0.0,
@@ -84,7 +84,8 @@ def watermark(
 
     Args:
         tasks: Models; one that repeats another (same model, same file) fails as a duplicate.
-        workers: Ray Train workers of each model.
+        workers: Ray Train workers of each model; None is what the cluster has room for. Their number does not
+            change the triggers.
         parallel: Models at a time; None is as many as there is room for.
         run_storage: As for `train_model`.
         patience_s: Seconds to wait for a cluster that is too small to grow.
@@ -107,10 +108,12 @@ def watermark(
         raise UsageError(
             "the cluster has several nodes: name a --storage that all of them reach, as in s3://acme/train"
         )
+    if workers is None and any(task.method == "yin2022" for task in tasks):
+        workers = 1  # it trains one generator on all its triggers
     room = find_room(workers, len(ids), parallel, patience_s)
     log.info(
-        "%d models to watermark, %d at a time, %d worker(s) each with %d CPU(s)%s",
-        len(ids), room.parallel, workers, room.cpus, " and a GPU" if room.gpu else "",
+        "%d models to watermark, %d at a time, each by %d worker(s) with a CPU%s",
+        len(ids), room.parallel, room.workers, " and a GPU" if room.gpu else "",
     )  # fmt: skip
     name = f"fwm-board-{uuid.uuid4().hex}"
     board: Any = ray.remote(num_cpus=0, max_restarts=-1)(Board).options(name=name).remote()
@@ -119,7 +122,7 @@ def watermark(
         task = dataclasses.replace(tasks[number], board=name)
         try:
             outcome: Embedded | Failed = train_model(
-                task, ids[number], workers=workers, cpus=room.cpus, gpu=room.gpu, run_storage=run_storage
+                task, ids[number], workers=room.workers, gpu=room.gpu, run_storage=run_storage
             )
         except Exception as error:  # noqa: BLE001 - one model's failure, whatever it is, is no other's
             outcome = _failed(task, error)
@@ -174,43 +177,41 @@ def _look_up(tasks: Sequence[EmbedTask]) -> Iterator[tuple[int, str | Embedded |
         yield number, published or key_id
 
 
-def find_room(workers: int, models: int, parallel: int | None, patience_s: float = 0.0) -> Room:
-    """How many runs fit at a time; each of their workers gets as many CPUs of one node as that leaves.
+def find_room(workers: int | None, models: int, parallel: int | None, patience_s: float = 0.0) -> Room:
+    """How many runs fit at a time, and with how many workers if that is left open.
+
+    Each worker has one CPU: the number of threads would change the triggers, the number of workers does not.
 
     Raises:
         UsageError: There is no room for one run, and after `patience_s` seconds still none.
     """
+    least = workers or 1
     deadline = time.monotonic() + patience_s
     said = -_SAY_EVERY_S
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpu = sum(int(node.get("GPU", 0)) for node in nodes) >= workers
-        fits = _places(nodes, 1, gpu=gpu)
-        if fits >= workers:
+        gpu = sum(int(node.get("GPU", 0)) for node in nodes) >= least
+        fits = _places(nodes, gpu=gpu)
+        if fits >= least:
             break
         if time.monotonic() > deadline:
             raise UsageError(
-                f"the cluster has room for {fits} of {workers} workers: ask for fewer --workers, start more nodes, "
+                f"the cluster has room for {fits} of {least} workers: ask for fewer --workers, start more nodes, "
                 "or let this wait for them with --wait SECONDS"
             )
         if time.monotonic() - said > _SAY_EVERY_S:
             said = time.monotonic()
-            log.info("the cluster has room for %d of %d workers: waiting for more nodes", fits, workers)
+            log.info("the cluster has room for %d of %d workers: waiting for more nodes", fits, least)
             # An autoscaler starts nodes for what is asked of it.
-            ray.autoscaler.sdk.request_resources(bundles=[{"CPU": 1}] * workers)
+            ray.autoscaler.sdk.request_resources(bundles=[{"CPU": 1}] * least)
         time.sleep(_POLL_S)
-    runs = min(parallel or models, models, fits // workers)
-    most = max(int(node.get("CPU", 0)) for node in nodes)
-    cpus = max(count for count in range(1, most + 1) if _places(nodes, count, gpu=gpu) >= runs * workers)
-    return Room(runs, cpus, gpu)
+    runs = min(parallel or models, models, fits // least)
+    return Room(runs, workers or min(fits // runs, MOST_WORKERS), gpu)
 
 
-def _places(nodes: Iterable[Mapping[str, float]], cpus: int, *, gpu: bool) -> int:
-    """Workers of so many CPUs (and a GPU) that these nodes have place for."""
-    return sum(
-        min(int(node.get("CPU", 0)) // cpus, int(node.get("GPU", 0))) if gpu else int(node.get("CPU", 0)) // cpus
-        for node in nodes
-    )
+def _places(nodes: Iterable[Mapping[str, float]], *, gpu: bool) -> int:
+    """Workers of a CPU (and a GPU) that these nodes have place for."""
+    return sum(int(min(node.get("CPU", 0), node.get("GPU", 0)) if gpu else node.get("CPU", 0)) for node in nodes)
 
 
 def _finding(error: BaseException) -> BaseException:

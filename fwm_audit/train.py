@@ -226,9 +226,7 @@ def _publish(task: EmbedTask, triggers: TriggerSet, master: MasterSecret, device
     return Embedded.of(TriggerSet.unseal(sealed, master), sealed, before=True)
 
 
-def train_model(
-    task: EmbedTask, key_id: str, *, workers: int, cpus: int, gpu: bool, run_storage: str | None = None
-) -> Embedded:
+def train_model(task: EmbedTask, key_id: str, *, workers: int, gpu: bool, run_storage: str | None = None) -> Embedded:
     """`embed_model` as a Ray Train run, which survives the death of workers and nodes.
 
     The same task with the same storage goes on where an interrupted run of it stood.
@@ -236,8 +234,7 @@ def train_model(
     Args:
         task: The model.
         key_id: Of the key that it makes, see `look_up`.
-        workers: Ray Train workers.
-        cpus: CPUs of each.
+        workers: Ray Train workers, of one CPU each.
         gpu: Whether each gets a GPU.
         run_storage: URI under which the run keeps its sealed state; None is a local folder that goes with the run.
 
@@ -258,7 +255,7 @@ def train_model(
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=gpu,
-                resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}),
+                resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpu else {}),
             ),
             run_config=RunConfig(
                 name=_run_name(task, key_id),

@@ -67,9 +67,15 @@ def embed(
     ] = "",
     input_range: Annotated[str, typer.Option(metavar="LOW,HIGH", help="Values of a preprocessed input.")] = "-1,1",
     generation: Annotated[int, typer.Option(min=1, help="2 or more makes a further key beside the earlier ones.")] = 1,
-    workers: Annotated[int, typer.Option(min=1, help="Ray Train workers of each model.")] = 1,
     parallel: Annotated[
         int | None, typer.Option(min=1, help="Models at a time. [default: as many as the cluster has room for]")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Ray Train workers of each model; any number makes the same key. [default: what room is left, 6 at most]",
+        ),
     ] = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a cluster that is too small.")] = 0.0,
     storage_: Annotated[

@@ -40,17 +40,21 @@ def nodes(*resources):
 @pytest.mark.parametrize(
     ("cluster", "workers", "models", "parallel", "expected"),
     [
-        (nodes((2, 0)), 1, 1, None, (1, 2, False)),
-        (nodes((2, 0)), 1, 12, None, (2, 1, False)),
-        (nodes((2, 0)), 2, 12, None, (1, 1, False)),
+        (nodes((2, 0)), None, 1, None, (1, 2, False)),
+        (nodes((2, 0)), None, 12, None, (2, 1, False)),
+        (nodes((2, 0)), 2, 12, None, (1, 2, False)),
+        (nodes((2, 0)), 1, 1, None, (1, 1, False)),
+        (nodes((16, 0)), None, 3, None, (3, 5, False)),
+        (nodes((16, 0)), None, 3, 1, (1, 6, False)),  # more would find no work
         (nodes((16, 0)), 2, 3, None, (3, 2, False)),
-        (nodes((16, 0)), 2, 3, 1, (1, 8, False)),
-        (nodes((2, 0), (2, 0), (2, 0)), 2, 1, None, (1, 2, False)),  # no worker is as large as two nodes
-        (nodes((2, 0), (3, 0)), 2, 1, None, (1, 2, False)),
+        (nodes((2, 0), (2, 0), (2, 0)), 2, 1, None, (1, 2, False)),
         (nodes((8, 4), (8, 4)), 2, 100, None, (4, 2, True)),
+        (nodes((8, 4), (8, 4)), None, 3, None, (3, 2, True)),
         (nodes((1, 4)), 2, 1, None, None),  # GPUs without CPUs for them
-        (nodes((8, 1)), 2, 1, None, (1, 4, False)),  # fewer GPUs than workers: none uses one
+        (nodes((8, 1)), None, 1, None, (1, 1, True)),
+        (nodes((8, 1)), 2, 1, None, (1, 2, False)),  # fewer GPUs than workers: none uses one
         (nodes((1, 0), (0.5, 0)), 2, 1, None, None),
+        (nodes((0.5, 0)), None, 1, None, None),
     ],
 )
 def test_the_room_of_a_cluster_is_shared_out_within_its_nodes(
