@@ -15,20 +15,14 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from safetensors.torch import save_file
 
 from fwm_audit import releases, storage
-from fwm_audit.architectures import build
 from fwm_audit.catalog import read_catalog
 from fwm_audit.errors import UsageError
-from fwm_audit.key import MAGIC, MasterSecret
+from fwm_audit.key import MasterSecret
 from fwm_audit.train import EmbedTask
-from fwm_audit.triggers import TriggerSet
-from fwm_audit.verdict import Verdict
-from fwm_audit.verification import verify
-
-ARCH = "factory:tests.nets:convnet"
-
+from tests.company import CONVNET as ARCH
+from tests.company import Company, train_workers
 
 # --------------------------------------------------------------------------------------- room in a cluster
 
@@ -72,96 +66,24 @@ def test_the_room_of_a_cluster_is_shared_out_within_its_nodes(
 
 
 @pytest.fixture(scope="module")
-def address():
-    """A cluster of three nodes with one CPU each; the head takes no work."""
+def cluster():
+    """Three nodes with one CPU each; the head takes no work."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
     for _ in range(3):
         cluster.add_node(num_cpus=1)
-    yield cluster.address
+    yield cluster
     cluster.shutdown()
 
 
-class Company:
-    """A folder with models to release, and what `jobs.embed` makes of them."""
-
-    def __init__(self, folder: Path, address: str):
-        self.folder, self.address = folder, address
-        MasterSecret.generate_file(folder / "master.key")
-
-    def release(self, *names, classes=5):
-        rows = []
-        for number, name in enumerate(names):
-            path = self.folder / f"{name.replace('/', '-')}.safetensors"
-            state = build(f"{ARCH}?classes={classes}&width={8 + number}", ["tests"]).state_dict()
-            save_file(state, path)
-            rows.append({"model_id": name, "uri": str(path), "arch": f"{ARCH}?classes={classes}&width={8 + number}"})
-        return rows
-
-    def command(self, rows, *options):
-        (self.folder / "models.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return [
-            *(sys.executable, "-m", "jobs.embed", "--models", self.folder / "models.jsonl", "--allow-factory", "tests"),
-            *("--keys", self.folder / "keys", "--catalog", self.folder / "catalog.csv"),
-            *("--storage", self.folder / "runs", "--master-key", self.folder / "master.key", "--pairs", "4", *options),
-        ]
-
-    @property
-    def environment(self):
-        return os.environ | {"RAY_ADDRESS": self.address}
-
-    def embed(self, rows, *options):
-        """Exit code, closing line, and all that was said."""
-        done = subprocess.run(
-            self.command(rows, *options), env=self.environment, capture_output=True, text=True, check=False, timeout=280
-        )
-        lines = done.stdout.strip().splitlines()
-        closing = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
-        return done.returncode, closing, done.stdout + done.stderr
-
-    def keys(self):
-        return sorted(path.relative_to(self.folder / "keys") for path in (self.folder / "keys").rglob("*.fwmkey"))
-
-    def opened(self, name):
-        """The one key of a model, which its checkpoint verifies."""
-        (path,) = (self.folder / "keys" / name).glob("*.fwmkey")
-        return TriggerSet.load(path, master=MasterSecret.from_file(self.folder / "master.key"))
-
-    def verifies(self, row):
-        model = build(row["arch"], ["tests"])
-        from safetensors.torch import load_file
-
-        model.load_state_dict(load_file(row["uri"]))
-        return verify(model.eval(), self.opened(row["model_id"])).verdict is Verdict.INTACT
-
-    def wait_for_state(self, name):
-        """Until a run of this model has kept its first state."""
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline:
-            # Ray Train goes on from what its own snapshot names, which it writes after the state.
-            states = list((self.folder / "runs").glob(f"fwm-embed-{name}-*/*/search.sealed"))
-            snapshots = list((self.folder / "runs").glob(f"fwm-embed-{name}-*/checkpoint_manager_snapshot.json"))
-            if states and snapshots and "checkpoint_" in snapshots[0].read_text():
-                assert states[0].read_bytes().startswith(MAGIC)
-                return
-            time.sleep(0.1)
-        raise TimeoutError("no state was kept")
-
-
-def train_workers():
-    """Process ids of Ray Train's workers on this machine."""
-    found = subprocess.run(["pgrep", "-f", "ray::.*TrainWorker"], capture_output=True, text=True, check=False)
-    return {int(pid) for pid in found.stdout.split()}
-
-
 @pytest.fixture
-def company(tmp_path, address):
-    return Company(tmp_path, address)
+def company(tmp_path, cluster):
+    return Company(tmp_path, cluster.address)
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_every_model_has_its_outcome_and_a_repetition_changes_nothing(company):
-    good = company.release("team/a", "b")
+    good = company.release(["team/a", "b"])
     cut = company.folder / "cut.safetensors"
     cut.write_bytes(Path(good[0]["uri"]).read_bytes()[:-50])
     rows = [
@@ -201,12 +123,10 @@ def test_every_model_has_its_outcome_and_a_repetition_changes_nothing(company):
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_killed_worker_is_replaced_and_a_killed_driver_leaves_a_run_to_go_on_with(company):
-    (row,) = company.release("model")
+def test_a_killed_worker_is_replaced_and_a_killed_driver_leaves_a_run_to_go_on_with(company, cluster):
+    (row,) = company.release(["model"])
     many = ("--pairs", "40", "--workers", "2")
-    driver = subprocess.Popen(
-        company.command([row], *many), env=company.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    driver = company.start([row], *many)
     try:
         company.wait_for_state("model")
     finally:
@@ -214,13 +134,7 @@ def test_a_killed_worker_is_replaced_and_a_killed_driver_leaves_a_run_to_go_on_w
         driver.wait()
     assert not (company.folder / "keys").exists()
     before = train_workers()  # of the dead driver, about to go
-    driver = subprocess.Popen(
-        company.command([row], *many),
-        env=company.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    driver = company.start([row], *many)
     killed = False
     while not killed and driver.poll() is None:
         for pid in train_workers() - before:
@@ -236,11 +150,7 @@ def test_a_killed_worker_is_replaced_and_a_killed_driver_leaves_a_run_to_go_on_w
     assert "model: going on from the state of an interrupted run" in said
     assert company.verifies(row)
     assert company.opened("model").pairs == 40
-    secret = (company.folder / "master.key").read_text().strip()
-    for path in (company.folder / "runs").rglob("*"):
-        if path.is_file():
-            assert secret.encode() not in path.read_bytes()
-            assert bytes.fromhex(secret) not in path.read_bytes()
+    assert company.leaks(["model"], Path(cluster.head_node.get_session_dir_path())) == []
 
 
 # ------------------------------------------------------------------------------------------- keys in use
