@@ -57,10 +57,11 @@ class Room:
 
 
 class Board:
-    """The Ray actor to which workers tell their progress; it holds the latest of each model."""
+    """The Ray actor to which workers tell their progress and their findings; it holds those of each model."""
 
     def __init__(self) -> None:
         self._latest: dict[str, Progress] = {}
+        self._findings: dict[str, dict[str, Any]] = {}
 
     def tell(self, model_id: str, progress: Progress) -> None:
         """Note what a model is doing."""
@@ -69,6 +70,14 @@ class Board:
     def latest(self) -> dict[str, Progress]:
         """What each model was doing when it was last heard of."""
         return self._latest
+
+    def found(self, model_id: str, failure: dict[str, Any]) -> None:
+        """Note why a model cannot be watermarked: starting its workers again would not help."""
+        self._findings.setdefault(model_id, failure)
+
+    def finding(self, model_id: str) -> dict[str, Any] | None:
+        """Why a model cannot be watermarked, if some worker found that."""
+        return self._findings.get(model_id)
 
 
 def watermark(

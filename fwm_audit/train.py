@@ -278,14 +278,20 @@ def train_model(task: EmbedTask, key_id: str, *, workers: int, gpu: bool, run_st
 
 def _train_loop(config: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        metrics = dataclasses.asdict(embed_model(EmbedTask(**config)))
-    except AgreedError as error:
-        metrics = _failure(error.finding)
-    except (FwmError, UsageError) as error:
-        if ray.train.get_context().get_world_size() > 1:
-            raise  # the other ranks may wait for this one: only the end of the group frees them
-        metrics = _failure(error)
+    task = EmbedTask(**config)
+    board: Any = ray.get_actor(task.board) if task.board is not None else None
+    metrics: dict[str, Any] | None = ray.get(board.finding.remote(task.model_id)) if board is not None else None
+    if metrics is None:
+        try:
+            metrics = dataclasses.asdict(embed_model(task))
+        except AgreedError as error:
+            metrics = _failure(error.finding)
+        except (FwmError, UsageError) as error:
+            metrics = _failure(error)
+            if ray.train.get_context().get_world_size() > 1:
+                if board is not None:  # the next attempt ends with this before it computes anything
+                    ray.get(board.found.remote(task.model_id, metrics))
+                raise  # the other ranks may wait for this one: only the end of the group frees them
     # Ray Train keeps the metrics of a report only together with a checkpoint: this one holds them again.
     _report(metrics, "embedded.json", json.dumps(metrics).encode())
 

@@ -74,7 +74,7 @@ def embed(
         int | None,
         typer.Option(
             min=1,
-            help="Ray Train workers of each model; any number makes the same key. [default: what room is left, 6 at most]",
+            help="Ray Train workers of each model; any number makes the same key. [default: what fits, 6 at most]",
         ),
     ] = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a cluster that is too small.")] = 0.0,

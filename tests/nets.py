@@ -112,6 +112,18 @@ class CastingInside(nn.Module):
         return logits if self.hidden else logits.float()
 
 
+class Exploding(nn.Module):
+    """Overflows where the mean of an input is far from zero, as in what a generator draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+        self.input_shape = (3, 16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * torch.exp(1e4 * x.mean((1, 2, 3)).abs())[:, None]
+
+
 class NeedsFloat32(nn.Module):
     """Holds a float32 constant that does not follow the module's dtype."""
 

@@ -153,6 +153,29 @@ def test_a_killed_worker_is_replaced_and_a_killed_driver_leaves_a_run_to_go_on_w
     assert company.leaks(["model"], Path(cluster.head_node.get_session_dir_path())) == []
 
 
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_small_cluster_is_waited_for_and_what_fails_in_a_group_ends_with_its_reason(company, cluster):
+    (exploding,) = company.release(["exploding"], "factory:tests.nets:Exploding")
+    (blocked,) = company.release(["blocked"])
+    (company.folder / "keys").mkdir()
+    (company.folder / "keys" / "blocked").write_text("a file where a folder should be")
+    driver = company.start([exploding, blocked], "--workers", "4", "--wait", "200")
+    line = ""
+    while "waiting for more nodes" not in line:
+        line = driver.stdout.readline()
+        assert line, "the driver ended"
+    node = cluster.add_node(num_cpus=1)
+    said, _ = driver.communicate(timeout=400)
+    cluster.remove_node(node)
+    closing = json.loads(said.strip().splitlines()[-1])
+    assert driver.returncode == 3, said
+    failures = {failure["model_id"]: failure for failure in closing["failures"]}
+    assert failures["exploding"]["error_code"] == "pairs_not_found"
+    assert "diverged" in failures["exploding"]["error_message"]
+    assert failures["blocked"]["error_code"] == "storage_failed"
+
+
 # ------------------------------------------------------------------------------------------- keys in use
 
 
