@@ -2,9 +2,8 @@
 
 The work of one call is divided over the ranks of the torch.distributed process group, if there is
 one: the generator is trained data-parallel over the pairs, the rest is sharded by pair, in units that
-any number of ranks computes alike. The method
-descends from Yin et al., ICIP 2022 (arXiv 2208.07585), whose triggers stand at a margin that its
-loss sets; these stand at a distance that numeric noise sets.
+any number of ranks computes alike. The method descends from Yin et al., ICIP 2022 (arXiv 2208.07585),
+whose triggers stand at a margin that its loss sets; these stand at a distance that numeric noise sets.
 """
 
 from __future__ import annotations
@@ -380,30 +379,40 @@ class _Search:
             setattr(self, name, held[name])
         self.stream = itertools.islice(self.stream, self.taken, None)
 
+    def _calibrate(self, made: Sequence[Pairs], units: int) -> None:
+        """Measure noise at the centres of this rank's units of pairs, of so many in all, and set delta by it."""
+        target = self.target
+        mine = []
+        for pairs in made:
+            points = place(pairs.images, pairs.signs, pairs.t, target.range)
+            mine.append((len(pairs), measure_noise(target, target.released, points, pairs.classes)))
+        measured = self.peers.collect(mine, units)
+        if any(count for count, _ in measured):
+            self.noise = max(noise for _, noise in measured)
+            self.delta = finest_delta(target, self.noise)
+
     def _candidates(self, block: dict[int, tuple[int, int]]) -> tuple[Pairs, list[NDArray[np.uint8]]]:
         """Those pairs of the block that can be made, from all ranks, and the parameters that each sees."""
         target, peers = self.target, self.peers
-        numbers = list(block)
-        wanted = torch.tensor([block[number] for number in numbers])
-        rows = torch.arange(len(numbers)).split(UNIT)
-        draws = gen.noise(self.secret, numbers).to(target.device)
-        units = [(draws[unit.to(draws.device)], wanted[unit]) for unit in rows]
-        inputs = train(target, self.net, self.optimizer, units, peers, self.report, self.steps)
+        numbers = torch.tensor(list(block))
+        classes = torch.tensor(list(block.values()))
+        draws = gen.noise(self.secret, list(block)).to(target.device)
+        units = torch.arange(len(block)).split(UNIT)
+        inputs = train(
+            target, self.net, self.optimizer, draws.split(UNIT), classes.split(UNIT), peers, self.report, self.steps
+        )
         made = []
-        with Waking(target.trainee, self._asleep(), len(numbers), target.num_classes, self.features) as waking:
-            for unit, drawn in zip(peers.share(rows), inputs, strict=True):
-                refined = refine(target, drawn, wanted[unit], waking, unit, self.report)
-                made.append(centre(target, refined, torch.tensor(numbers)[unit], wanted[unit]))
+        with Waking(target.trainee, self._asleep(), len(block), target.num_classes, self.features) as waking:
+            for rows, drawn in zip(peers.share(units), inputs, strict=True):
+                refined = refine(target, drawn, classes[rows], waking, rows, self.report)
+                made.append(centre(target, refined, numbers[rows], classes[rows]))
         if not self.delta:
-            points = [place(some.images, some.signs, some.t, target.range) for some in made]
-            noises = [measure_noise(target, target.released, at, s.classes) for at, s in zip(points, made, strict=True)]
-            measured = peers.collect([(len(some), noise) for some, noise in zip(made, noises, strict=True)], len(rows))
-            if any(count for count, _ in measured):
-                self.noise = max(seen for _, seen in measured)
-                self.delta = finest_delta(target, self.noise)
-        made = [place_exact(target, some, self.delta) for some in made]
-        parts = peers.collect([(some, self.covered.flags(target, some, self.delta)) for some in made], len(rows))
-        flags = {number: seen for part, rows in parts for number, seen in zip(part.number.tolist(), rows, strict=True)}
+            self._calibrate(made, len(units))
+        made = [place_exact(target, pairs, self.delta) for pairs in made]
+        parts = peers.collect([(pairs, self.covered.flags(target, pairs, self.delta)) for pairs in made], len(units))
+        flags = {
+            number: seen for pairs, rows in parts for number, seen in zip(pairs.number.tolist(), rows, strict=True)
+        }
         # Joined pairs stand in the order of their numbers.
         return Pairs.join([part for part, _ in parts]), [flags[number] for number in sorted(flags)]
 

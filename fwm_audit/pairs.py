@@ -76,7 +76,8 @@ def train(
     target: Target,
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
-    units: Sequence[tuple[Tensor, Tensor]],
+    draws: Sequence[Tensor],
+    classes: Sequence[Tensor],
     peers: Peers,
     report: Report,
     steps: int,
@@ -91,7 +92,8 @@ def train(
         target: The classifier.
         net: The generator; the same on every rank, before and after.
         optimizer: Of its parameters.
-        units: Noise [n, NOISE_SIZE] and classes int64 [n, 2] of each unit, of all ranks.
+        draws: Keyed noise [n, NOISE_SIZE] of each unit, of all ranks.
+        classes: int64 [n, 2] of each unit.
         peers: The ranks.
         report: Called at every step.
         steps: At most.
@@ -99,20 +101,20 @@ def train(
     Returns:
         float32 [n, *shape] for each unit of this rank.
     """
-    block = sum(len(draws) for draws, _ in units)
-    mine = peers.share(units)
+    count, block = len(draws), sum(map(len, draws))
+    mine = list(zip(peers.share(draws), peers.share(classes), strict=True))
     parameters = list(net.parameters())
     flat = torch.nn.utils.parameters_to_vector(parameters).detach()
     for step in range(steps):
         slopes, seen = [], []
-        for draws, classes in mine:
-            gap, lead = gap_and_lead(ask(target.trainee, net(draws)), classes)
+        for noise, wanted in mine:
+            gap, lead = gap_and_lead(ask(target.trainee, net(noise)), wanted)
             each = torch.relu(0.3 - lead / target.scale) + 0.1 * (gap / target.scale) ** 2
             loss = each.sum() / block
             slopes.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]))
             seen.append((loss.item(), int((lead > 0).sum())))
-        slope = peers.total(slopes, len(units), flat)
-        losses, leading = zip(*peers.collect(seen, len(units)), strict=True)
+        slope = peers.total(slopes, count, flat)
+        losses, leading = zip(*peers.collect(seen, count), strict=True)
         if not math.isfinite(sum(losses)):
             raise EmbeddingError(ErrorCode.PAIRS_NOT_FOUND, "the generator's training diverged: check input_range")
         for parameter, part in zip(parameters, slope.split([p.numel() for p in parameters]), strict=True):
@@ -122,7 +124,7 @@ def train(
         if sum(leading) >= 0.9 * block:
             break
     with torch.no_grad():
-        return [net(draws) for draws, _ in mine]
+        return [net(noise) for noise, _ in mine]
 
 
 def refine(target: Target, inputs: Tensor, classes: Tensor, waking: Waking, rows: Tensor, report: Report) -> Tensor:
