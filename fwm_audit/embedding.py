@@ -115,15 +115,19 @@ def embed(
         "environment": _environment(where),
     }
 
+    peers = Peers.current()
+
     def attempt(dtype: torch.dtype) -> TriggerSet:
         report(Progress("probe", 0, 1))
-        target = Target.of(model, shape, span, variants, where, released or dtype_of(model), dtype)
+        target = peers.together(
+            lambda: Target.of(model, shape, span, variants, where, released or dtype_of(model), dtype)
+        )
         if method == "yin2022":
             triggers = _published(target, secret, named, report)
         else:
-            triggers = _mirror(target, secret, pairs, coverage, named, report, keeper)
+            triggers = _mirror(target, secret, pairs, coverage, named, peers, report, keeper)
         report(Progress("confirm", 0, 1))
-        benign, noise = confirm(target, triggers)
+        benign, noise = peers.together(lambda: confirm(target, triggers))
         rungs = tuple(replace(rung, noise=max(rung.noise, noise)) for rung in triggers.rungs)
         triggers = replace(triggers, rungs=rungs, benign=benign, flip_rate=upper_rate(benign))
         return replace(triggers, datasheet=simulate(target, triggers, secret, report))
@@ -144,15 +148,19 @@ def _mirror(
     pairs: int,
     coverage: float | None,
     named: dict[str, Any],
+    peers: Peers,
     report: Report,
     keeper: Keeper | None,
 ) -> TriggerSet:
     """The mirrored pairs of `method.mirror`, not yet confirmed."""
-    peers = Peers.current()
     search = _Search(target, secret, pairs, peers, report)
     if keeper is not None and (state := keeper.load()) is not None:
         search.restore(state)
-    made, delta, noise, covered = _make_pairs(search, pairs, coverage, report, keeper)
+    try:
+        made, delta, noise, covered = _make_pairs(search, pairs, coverage, report, keeper)
+    except EmbeddingError as error:
+        error.agreed = True  # it follows from what all ranks know
+        raise
     report(Progress("rungs", 0, 1))
     return TriggerSet(
         **named,

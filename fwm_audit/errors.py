@@ -54,6 +54,8 @@ class ErrorCode(StrEnum):
 class UsageError(Exception):
     """The run was asked for wrongly: nothing was audited, exit code 2."""
 
+    agreed = False
+
 
 class FwmError(Exception):
     """One subject could not be served; `code` is stable, the message says what to do.
@@ -61,7 +63,12 @@ class FwmError(Exception):
     Args:
         code: Stable identifier of the finding.
         message: One or two sentences for a person, free of secrets.
+
+    Attributes:
+        agreed: Whether all ranks of a group that embeds have raised it, so that none waits for another.
     """
+
+    agreed = False
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)

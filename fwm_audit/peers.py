@@ -10,6 +10,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from fwm_audit.errors import FwmError, UsageError
+
 T = TypeVar("T")
 
 #: Pairs in a unit of work, which one rank does at a time: bounds memory, and is the same for any number of ranks.
@@ -60,6 +62,22 @@ class Peers:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
         return cls(0, 1)
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What `make` returns here; if it fails on any rank, all of them raise that finding."""
+        if self.size == 1:
+            return make()
+        made: list[T] = []
+        finding: FwmError | UsageError | None = None
+        try:
+            made.append(make())
+        except (FwmError, UsageError) as error:
+            finding = error
+        for found in self.gather(finding):
+            if found is not None:
+                found.agreed = True
+                raise found
+        return made[0]
 
     def share(self, units: Sequence[T]) -> Sequence[T]:
         """Those units of work that this rank does."""

@@ -14,10 +14,9 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import fsspec
 import pyarrow.fs
@@ -40,7 +39,6 @@ from fwm_audit.verdict import Verdict
 from fwm_audit.verification import verify_copy
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _REPORT_EVERY_S: Final = 1.0
 _FAILED: Final = "failed"
@@ -136,14 +134,6 @@ class Embedded:
         )
 
 
-class AgreedError(Exception):
-    """A finding that every rank of the group knows of: all of them end alike, and starting again would not help."""
-
-    def __init__(self, finding: FwmError | UsageError) -> None:
-        super().__init__(str(finding))
-        self.finding = finding
-
-
 def look_up(task: EmbedTask) -> tuple[str, Embedded | None]:
     """Id of the key that a task makes, and what was published under that id before, if anything.
 
@@ -173,10 +163,10 @@ def embed_model(task: EmbedTask) -> Embedded:
     Raises:
         FwmError: The checkpoint, the architecture or the model cannot be served.
         UsageError: Settings make no sense, or the master secret cannot be read here.
-        AgreedError: One of these, in a group of several ranks that all know of it.
     """
     # Nodes differ in what they can read: where one cannot, the others must not wait for it.
-    master, (model, dtype, digest) = _together(lambda: (MasterSecret.from_file(task.master_key_file), _load(task)))
+    peers = Peers.current()
+    master, (model, dtype, digest) = peers.together(lambda: (MasterSecret.from_file(task.master_key_file), _load(task)))
     shape = task.input_shape or input_shape(task.arch, model)
     if shape is None:
         raise UsageError(f"{task.arch} does not state the shape of its input: pass --input-shape, as in 1,28,28")
@@ -203,7 +193,7 @@ def embed_model(task: EmbedTask) -> Embedded:
     def publish() -> Embedded | None:
         return _publish(task, triggers, master, device, dtype) if _rank() == 0 else None
 
-    (published, *_) = Peers.current().gather(_together(publish))
+    (published, *_) = peers.gather(peers.together(publish))
     assert isinstance(published, Embedded)
     return published
 
@@ -284,11 +274,9 @@ def _train_loop(config: dict[str, Any]) -> None:
     if metrics is None:
         try:
             metrics = dataclasses.asdict(embed_model(task))
-        except AgreedError as error:
-            metrics = _failure(error.finding)
         except (FwmError, UsageError) as error:
             metrics = _failure(error)
-            if ray.train.get_context().get_world_size() > 1:
+            if ray.train.get_context().get_world_size() > 1 and not error.agreed:
                 if board is not None:  # the next attempt ends with this before it computes anything
                     ray.get(board.found.remote(task.model_id, metrics))
                 raise  # the other ranks may wait for this one: only the end of the group frees them
@@ -339,23 +327,6 @@ class _Kept:
 
     def save(self, state: bytes) -> None:
         _report({"state": len(state)}, _STATE, self.master.seal(state, self.header) if _rank() == 0 else b"")
-
-
-def _together(make: Callable[[], T]) -> T:
-    """What `make` returns here; if it fails on any rank of a group, all of them end with that finding."""
-    peers = Peers.current()
-    if peers.size == 1:
-        return make()
-    made: T | None = None
-    finding: FwmError | UsageError | None = None
-    try:
-        made = make()
-    except (FwmError, UsageError) as error:
-        finding = error
-    for found in peers.gather(finding):
-        if found is not None:
-            raise AgreedError(found)
-    return made  # type: ignore[return-value]  # None only if `make` returned that
 
 
 def _load(task: EmbedTask) -> tuple[torch.nn.Module, str, str]:
