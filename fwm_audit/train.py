@@ -263,6 +263,8 @@ def train_model(task: EmbedTask, key_id: str, *, workers: int, gpu: bool, run_st
     if _FAILED in metrics:
         code, message = metrics[_FAILED]
         raise FwmError(ErrorCode(code), message) if code else UsageError(message)
+    if run_storage is not None:
+        _remove(run_storage, _run_name(task, key_id))
     return Embedded(**{field.name: metrics[field.name] for field in dataclasses.fields(Embedded)})
 
 
@@ -358,6 +360,15 @@ def _run_storage(uri: str | None, local: str) -> tuple[str, pyarrow.fs.FileSyste
         return local, None
     filesystem, path = fsspec.url_to_fs(uri)
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
+
+
+def _remove(uri: str, run: str) -> None:
+    """Delete what a finished run kept: its key is published, and nothing goes on from there."""
+    filesystem, path = fsspec.url_to_fs(uri)
+    try:
+        filesystem.rm(f"{path.rstrip('/')}/{run}", recursive=True)
+    except Exception as error:  # noqa: BLE001 - litter at worst, whatever a store answers
+        log.warning("the state of the finished run %s could not be removed from %s: %s", run, uri, error)
 
 
 def _cause(error: BaseException) -> BaseException:

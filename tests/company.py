@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -112,6 +113,16 @@ class Company:
                 return
             time.sleep(0.1)
         raise TimeoutError("no state was kept")
+
+    def keep_runs(self, name: str) -> None:
+        """Copy what the run storage holds now, for `leaks`: it is emptied later, and may change meanwhile."""
+        for path in (self.folder / "runs").rglob("*"):
+            copied = self.folder / name / path.relative_to(self.folder / "runs")
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    content = path.read_bytes()
+                    copied.parent.mkdir(parents=True, exist_ok=True)
+                    copied.write_bytes(content)
 
     def leaks(self, names: Sequence[str], session: Path) -> list[str]:
         """Where the master secret, or triggers and labels of these models, stand in plain form.

@@ -133,6 +133,7 @@ def test_a_killed_worker_is_replaced_and_a_killed_driver_leaves_a_run_to_go_on_w
         driver.kill()
         driver.wait()
     assert not (company.folder / "keys").exists()
+    company.keep_runs("runs when the driver was killed")
     before = train_workers()  # of the dead driver, about to go
     driver = company.start([row], *many)
     killed = False
@@ -150,6 +151,7 @@ def test_a_killed_worker_is_replaced_and_a_killed_driver_leaves_a_run_to_go_on_w
     assert "model: going on from the state of an interrupted run" in said
     assert company.verifies(row)
     assert company.opened("model").pairs == 40
+    assert not any(path.is_file() for path in (company.folder / "runs").rglob("fwm-embed-*/**/*"))
     assert company.leaks(["model"], Path(cluster.head_node.get_session_dir_path())) == []
 
 

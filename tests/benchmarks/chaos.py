@@ -73,6 +73,7 @@ def chaos(
             if driver.poll() is not None:
                 break
             kind = KINDS[len(done) % len(KINDS)]
+            company.keep_runs(f"runs-{len(done)}")
             if kind == "driver":
                 driver.kill()
                 driver.wait()
