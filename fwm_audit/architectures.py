@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
-import timm
-import torchvision
 from torch import nn
 
 from fwm_audit.errors import ArchitectureError, ErrorCode
@@ -135,12 +133,17 @@ def input_shape(spec: str, model: nn.Module) -> tuple[int, ...] | None:
 
 
 def _construct(arch: Architecture, allowed_factories: Sequence[str]) -> Any:
+    # Each library takes seconds to import, in every worker process: only those that build something with it do.
     if arch.source == "torchvision":
+        import torchvision  # noqa: PLC0415
+
         builder = torchvision.models.get_model_builder(arch.name)
         # Some fetch the weights of their backbone unless told not to.
         more = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
         return builder(weights=None, **more, **arch.arguments)
     if arch.source == "timm":
+        import timm  # noqa: PLC0415
+
         if not timm.is_model(arch.name):
             raise ArchitectureError(ErrorCode.ARCH_UNKNOWN, f"timm has no model {arch.name!r}")
         return timm.create_model(arch.name, pretrained=False, **arch.arguments)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d  # type: ignore[attr-defined]  # exported without saying so
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -84,6 +83,9 @@ def fold(model: nn.Module, folds: Sequence[tuple[str, str]], dtype: torch.dtype 
 
 def without_norms(model: nn.Module, folds: Sequence[tuple[str, str]]) -> nn.Module:
     """The module itself in the shape of a folded one: biases, whatever their values, and no batch norms."""
+    # Here, as importing it takes seconds and few models are folded.
+    from timm.layers import BatchNormAct2d  # type: ignore[attr-defined]  # noqa: PLC0415 - exported without saying so
+
     for (_, name), (layer, norm) in zip(folds, _modules(model, folds), strict=True):
         if layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)), requires_grad=False)
