@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,12 +95,15 @@ def test_every_model_has_its_outcome_and_a_repetition_changes_nothing(company):
         {"model_id": "../up", "uri": good[0]["uri"], "arch": ARCH},
         {**good[0], "model_id": "other-file", "sha256": "0" * 64},
         {**good[0]},
+        {**good[1], "model_id": "blocked"},
     ]
+    (company.folder / "keys").mkdir()
+    (company.folder / "keys" / "blocked").write_text("a file where a folder should be")
     code, closing, said = company.embed(rows)
     assert code == 3, said
     assert "Traceback" not in said
     assert {name: closing[name] for name in ("models", "published", "skipped", "failed")} == {
-        "models": 8, "published": 2, "skipped": 0, "failed": 6,
+        "models": 9, "published": 2, "skipped": 0, "failed": 7,
     }  # fmt: skip
     reasons = {failure["model_id"]: failure["error_code"] for failure in closing["failures"]}
     assert reasons == {
@@ -109,6 +113,7 @@ def test_every_model_has_its_outcome_and_a_repetition_changes_nothing(company):
         "../up": "catalog_row_invalid",
         "other-file": "checkpoint_not_the_one_listed",
         "team/a": "catalog_row_duplicate",
+        "blocked": "storage_failed",
     }
     assert all(company.verifies(row) for row in good)
     listed = read_catalog((company.folder / "catalog.csv").read_bytes(), "catalog.csv")
@@ -157,25 +162,29 @@ def test_a_killed_worker_is_replaced_and_a_killed_driver_leaves_a_run_to_go_on_w
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_small_cluster_is_waited_for_and_what_fails_in_a_group_ends_with_its_reason(company, cluster):
-    (exploding,) = company.release(["exploding"], "factory:tests.nets:Exploding")
-    (blocked,) = company.release(["blocked"])
-    (company.folder / "keys").mkdir()
-    (company.folder / "keys" / "blocked").write_text("a file where a folder should be")
-    driver = company.start([exploding, blocked], "--workers", "4", "--wait", "200")
-    line = ""
-    while "waiting for more nodes" not in line:
-        line = driver.stdout.readline()
-        assert line, "the driver ended"
-    node = cluster.add_node(num_cpus=1)
-    said, _ = driver.communicate(timeout=400)
+def test_what_a_group_finds_ends_it_at_once(company):
+    (row,) = company.release(["exploding"], "factory:tests.nets:Exploding")
+    code, closing, said = company.embed([row], "--workers", "2")
+    assert code == 3, said
+    (failure,) = closing["failures"]
+    assert failure["error_code"] == "pairs_not_found"
+    assert "diverged" in failure["error_message"]
+    assert said.count("Started training worker group") == 1
+
+
+@pytest.mark.ray
+def test_a_cluster_without_room_is_waited_for(cluster):
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(releases.find_room, 4, 1, None, 120)
+            time.sleep(3)
+            assert not asked.done()
+            node = cluster.add_node(num_cpus=1)
+            assert asked.result() == releases.Room(1, 4, gpu=False)
+    finally:
+        ray.shutdown()
     cluster.remove_node(node)
-    closing = json.loads(said.strip().splitlines()[-1])
-    assert driver.returncode == 3, said
-    failures = {failure["model_id"]: failure for failure in closing["failures"]}
-    assert failures["exploding"]["error_code"] == "pairs_not_found"
-    assert "diverged" in failures["exploding"]["error_message"]
-    assert failures["blocked"]["error_code"] == "storage_failed"
 
 
 # ------------------------------------------------------------------------------------------- keys in use
