@@ -75,7 +75,7 @@ class Company:
     def embed(self, rows: Sequence[dict[str, str]], *options: str):
         """Exit code, closing line, and all that was said."""
         done = subprocess.run(
-            self.command(rows, *options), env=self.environment, capture_output=True, text=True, check=False, timeout=280
+            self.command(rows, *options), env=self.environment, capture_output=True, text=True, check=False, timeout=500
         )
         lines = done.stdout.strip().splitlines()
         closing = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None

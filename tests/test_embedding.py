@@ -391,8 +391,8 @@ def _one_thread():
 
 
 @pytest.mark.usefixtures("_one_thread")
-@pytest.mark.parametrize("size", [2, 3])
-def test_any_number_of_ranks_makes_the_same_key(tmp_path, size):
+def test_any_number_of_ranks_makes_the_same_key(tmp_path):
+    size = 3  # one of them has less to do than the others
     alone = embedded(nets.convnet(), **SHARED)
     torch.multiprocessing.spawn(embed_with_peers, (size, tmp_path), nprocs=size)
     for rank in range(size):
