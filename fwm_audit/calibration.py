@@ -37,7 +37,8 @@ def measure_noise(target: Target, model: nn.Module, inputs: Tensor, classes: Ten
     """Largest difference of a gap between benign executions of the same inputs, in logits."""
     if not len(inputs):
         return 0.0
-    gaps = [gap_and_lead(logits, classes)[0] for logits in executions(target, model, inputs)]
+    every = [way() for way in executions(target, model, inputs)]
+    gaps = [gap_and_lead(logits, classes)[0] for logits in every if logits is not None]
     return max((gap - gaps[0]).abs().max().item() for gap in gaps)
 
 
@@ -223,8 +224,10 @@ class Covered:
         return Coverage(self.total, layers)
 
 
-def confirm(target: Target, triggers: TriggerSet) -> tuple[int, float]:
+def confirm(target: Target, triggers: TriggerSet, peers: Peers) -> tuple[int, float]:
     """Compare the finished key with the untouched model under every benign way of execution.
+
+    The ways are shared out over the ranks.
 
     Returns:
         How many labels were compared, every one in agreement, and the largest noise of a trigger's
@@ -235,21 +238,30 @@ def confirm(target: Target, triggers: TriggerSet) -> tuple[int, float]:
             triggers: the key would raise false alarms.
     """
     benign, noise = 0, 0.0
-    for variant, twin in target.twins.items():
+    for number, (variant, twin) in enumerate(target.twins.items()):
         rung = triggers.rungs_of(variant)[0]
         inputs, labels = triggers.materialise(rung)
-        every = list(executions(target, twin, inputs))
+        every = _every_logits(target, twin, inputs, peers)
         top = every[0].topk(2, 1).indices
         gaps = [gap_and_lead(logits, top)[0] for logits in every]
         noise = max(noise, *((gap - gaps[0]).abs().max().item() for gap in gaps))
         benign += len(every) * len(labels)
         wrong = sum(int((logits.argmax(1) != labels).sum()) for logits in every)
         if wrong or rung.delta < LEAST_NOISE_FACTOR * noise:
-            raise EmbeddingError(
+            error = EmbeddingError(
                 ErrorCode.PAIRS_NOT_FOUND,
                 f"the finished key is not safe from false alarms ({variant}: {wrong} labels differ, delta is "
                 f"{rung.delta:.0e} at a noise of {noise:.0e}): embed again, with another pair count",
             )
-        seen = verify_copy(twin, triggers, Tolerance.EXACT, variant=variant, device=target.device)
-        assert seen.verdict is Verdict.INTACT
+            error.agreed = True  # all ranks have the same logits
+            raise error
+        if number % peers.size == peers.rank:
+            seen = verify_copy(twin, triggers, Tolerance.EXACT, variant=variant, device=target.device)
+            assert seen.verdict is Verdict.INTACT
     return benign, noise
+
+
+def _every_logits(target: Target, twin: nn.Module, inputs: Tensor, peers: Peers) -> list[Tensor]:
+    ways = executions(target, twin, inputs)
+    mine = peers.together(lambda: [way() for way in peers.share(ways)])
+    return [logits for logits in peers.collect(mine, len(ways)) if logits is not None]

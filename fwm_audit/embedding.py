@@ -127,7 +127,7 @@ def embed(
         else:
             triggers = _mirror(target, secret, pairs, coverage, named, peers, report, keeper)
         report(Progress("confirm", 0, 1))
-        benign, noise = peers.together(lambda: confirm(target, triggers))
+        benign, noise = confirm(target, triggers, peers)
         rungs = tuple(replace(rung, noise=max(rung.noise, noise)) for rung in triggers.rungs)
         triggers = replace(triggers, rungs=rungs, benign=benign, flip_rate=upper_rate(benign))
         return replace(triggers, datasheet=simulate(target, triggers, secret, report))

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -129,27 +129,40 @@ def gap_and_lead(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     return both[:, 0] - both[:, 1], both.min(1).values - others.max(1).values
 
 
-def executions(target: Target, model: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
-    """Logits of the same inputs under every benign way of execution that this machine offers."""
-    yield target.run(model, inputs)
-    yield torch.cat([target.run(model, one) for one in inputs.split(1)])
-    yield torch.cat([target.run(model, part) for part in inputs.split(3)])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if threads > 1 else 2)
-    try:
-        yield target.run(model, inputs)
-    finally:
-        torch.set_num_threads(threads)
-    if inputs.dim() == 4:
-        yield target.run(model, inputs.to(memory_format=torch.channels_last))
-    if torch.cuda.is_available():  # the processor that the embedding does not use
+def executions(target: Target, model: nn.Module, inputs: Tensor) -> list[Callable[[], Tensor | None]]:
+    """The benign ways of execution: each gives logits [N, K] of the same inputs, or None where this machine cannot."""
+
+    def in_parts(size: int) -> Tensor:
+        return torch.cat([target.run(model, part) for part in inputs.split(size)])
+
+    def other_threads() -> Tensor:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if threads > 1 else 2)
+        try:
+            return target.run(model, inputs)
+        finally:
+            torch.set_num_threads(threads)
+
+    def channels_last() -> Tensor | None:
+        return target.run(model, inputs.to(memory_format=torch.channels_last)) if inputs.dim() == 4 else None
+
+    def other_processor() -> Tensor | None:
+        if not torch.cuda.is_available():
+            return None
         other = torch.device("cpu" if target.device.type == "cuda" else "cuda")
         # The model may know one kind of device only, and the other one may be full.
-        there = None
         with contextlib.suppress(ModelError, RuntimeError):
-            there = run(copy.deepcopy(model).to(other), inputs.to(target.dtype), other).double()
-        if there is not None:
-            yield there
+            return run(copy.deepcopy(model).to(other), inputs.to(target.dtype), other).double()
+        return None
+
+    return [
+        lambda: in_parts(len(inputs)),
+        lambda: in_parts(1),
+        lambda: in_parts(3),
+        other_threads,
+        channels_last,
+        other_processor,
+    ]
 
 
 def rounded(model: nn.Module, dtype: torch.dtype) -> nn.Module:

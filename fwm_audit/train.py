@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import tempfile
 import time
 from dataclasses import dataclass
@@ -31,7 +32,15 @@ from fwm_audit.architectures import input_shape
 from fwm_audit.check import load, skeleton
 from fwm_audit.checkpoint import fit, open_checkpoint
 from fwm_audit.embedding import embed
-from fwm_audit.errors import CheckpointError, EmbeddingError, ErrorCode, FwmError, KeyFileError, UsageError
+from fwm_audit.errors import (
+    CheckpointError,
+    EmbeddingError,
+    ErrorCode,
+    FwmError,
+    KeyFileError,
+    StorageError,
+    UsageError,
+)
 from fwm_audit.key import MasterSecret, SecretKey, fingerprint, key_name, read_header
 from fwm_audit.peers import Peers, Progress
 from fwm_audit.triggers import TriggerSet
@@ -362,13 +371,27 @@ def _run_storage(uri: str | None, local: str) -> tuple[str, pyarrow.fs.FileSyste
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
 
 
-def _remove(uri: str, run: str) -> None:
-    """Delete what a finished run kept: its key is published, and nothing goes on from there."""
+def check_run_storage(uri: str) -> None:
+    """Make sure that runs can keep their state under a URI, before anything is computed for it.
+
+    Raises:
+        UsageError: They cannot.
+    """
+    probe = f"fwm-embed-probe-{secrets.token_hex(8)}"
+    try:
+        storage.replace(storage.join(uri, probe), b"")
+    except StorageError as error:
+        raise UsageError(f"--storage has to take what unfinished runs keep, and does not: {error.message}") from None
+    _remove(uri, probe)
+
+
+def _remove(uri: str, name: str) -> None:
+    """Delete what a run kept: its key is published, and nothing goes on from there."""
     filesystem, path = fsspec.url_to_fs(uri)
     try:
-        filesystem.rm(f"{path.rstrip('/')}/{run}", recursive=True)
+        filesystem.rm(f"{path.rstrip('/')}/{name}", recursive=True)
     except Exception as error:  # noqa: BLE001 - litter at worst, whatever a store answers
-        log.warning("the state of the finished run %s could not be removed from %s: %s", run, uri, error)
+        log.warning("%s, which is done with, could not be removed from %s: %s", name, uri, error)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -18,7 +18,7 @@ from fwm_audit.errors import ErrorCode, FwmError, UsageError
 from fwm_audit.key import MasterSecret
 from fwm_audit.peers import Progress
 from fwm_audit.releases import Failed, watermark
-from fwm_audit.train import Embedded, EmbedTask
+from fwm_audit.train import Embedded, EmbedTask, check_run_storage
 from jobs import _cli
 
 _LOG_EVERY_S = 15.0
@@ -103,7 +103,11 @@ def embed(
         allowed_factories=tuple(allow_factory or ()),
         master_key_file=str(master_key.absolute()) if master_key else None,
     )
-    MasterSecret.from_file(shared.master_key_file)  # a missing one is told before a cluster is started
+    # What is missing is told before a cluster is started.
+    MasterSecret.from_file(shared.master_key_file)
+    run_storage = storage.absolute(storage_) if storage_ else None
+    if run_storage is not None:
+        check_run_storage(run_storage)
     good = {(entry.model_id, entry.uri): entry for entry in entries if entry.problem is None}
     outcomes: list[Embedded | Failed] = [
         Failed(entry.model_id, entry.problem.code, entry.problem.message) for entry in entries if entry.problem
@@ -118,7 +122,7 @@ def embed(
             tasks,
             workers=workers,
             parallel=parallel,
-            run_storage=storage.absolute(storage_) if storage_ else None,
+            run_storage=run_storage,
             patience_s=wait,
             watch=_Watch(),
         ):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ray.cluster_utils import Cluster
 from ray.util import state
 from safetensors.torch import load_file, save_file
 
@@ -27,8 +28,10 @@ CONVNET = "factory:tests.nets:convnet?classes=5"
 class Company:
     """A folder with models to release, their keys, catalog, master secret and run storage."""
 
-    def __init__(self, folder: Path, address: str) -> None:
-        self.folder, self.address = folder, address
+    def __init__(self, folder: Path, cluster: Cluster) -> None:
+        self.folder, self.address = folder, cluster.address
+        #: Folder of the Ray session, with its logs.
+        self.session = Path(cluster.head_node.get_session_dir_path())
         MasterSecret.generate_file(folder / "master.key")
 
     def release(self, names: Sequence[str], arch: str = CONVNET) -> list[dict[str, str]]:
@@ -124,7 +127,12 @@ class Company:
                     copied.parent.mkdir(parents=True, exist_ok=True)
                     copied.write_bytes(content)
 
-    def leaks(self, names: Sequence[str], session: Path) -> list[str]:
+    def train_workers(self) -> set[int]:
+        """Process ids of Ray Train's workers on this machine."""
+        raylets = _processes("-f", f"raylet/raylet .*{self.session.name}")
+        return _processes("-f", "-P", ",".join(map(str, raylets)), "ray::.*TrainWorker") if raylets else set()
+
+    def leaks(self, names: Sequence[str]) -> list[str]:
         """Where the master secret, or triggers and labels of these models, stand in plain form.
 
         Searched are all files of the run storage, keys, catalog and Ray's session folder with its logs, and
@@ -134,7 +142,7 @@ class Company:
         for name in names:
             marks |= dict(_marks(self.opened(name), name))
         found, read = [], 0
-        for where, content in [*_files(self.folder, session), *_answers(self.address)]:
+        for where, content in [*_files(self.folder, self.session), *_answers(self.address)]:
             if where == str(self.folder / "master.key"):
                 continue
             read += 1
@@ -143,9 +151,8 @@ class Company:
         return found
 
 
-def train_workers() -> set[int]:
-    """Process ids of Ray Train's workers on this machine."""
-    found = subprocess.run(["pgrep", "-f", "ray::.*TrainWorker"], capture_output=True, text=True, check=False)
+def _processes(*pattern: str) -> set[int]:
+    found = subprocess.run(["pgrep", *pattern], capture_output=True, text=True, check=False)
     return {int(pid) for pid in found.stdout.split()}
 
 

@@ -25,12 +25,14 @@ def s3_server(tmp_path_factory):
     """URL of a SeaweedFS server; the AWS variables lead to it from here to the end of the session."""
     folder = tmp_path_factory.mktemp("s3")
     master, volume, filer, s3 = _free_ports(4)
-    identity = {
-        "name": "test",
-        "credentials": [{"accessKey": "testkey", "secretKey": "testsecret"}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    identities = [
+        {"name": name, "credentials": [{"accessKey": f"{name}key", "secretKey": f"{name}secret"}], "actions": actions}
+        for name, actions in {
+            "test": ["Admin", "Read", "Write", "List", "Tagging"],
+            "reader": ["Read", "List"],
+        }.items()
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     (folder / "data").mkdir()
     command = [
         Path(sysconfig.get_path("scripts")) / "weed",

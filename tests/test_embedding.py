@@ -23,6 +23,7 @@ from fwm_audit import MasterSecret, SecretKey, TriggerSet, calibration, embed, v
 from fwm_audit.calibration import Covered, last_bit
 from fwm_audit.errors import EmbeddingError, ErrorCode, FwmError, KeyFileError, ModelError, UsageError
 from fwm_audit.generator import normal
+from fwm_audit.peers import Peers
 from fwm_audit.target import gap_and_lead
 from fwm_audit.triggers import levels, place, quantise
 from fwm_audit.verdict import Tolerance
@@ -391,6 +392,36 @@ def _one_thread():
 
 
 @pytest.mark.usefixtures("_one_thread")
+def sums_with_peers(rank, size, folder):
+    store = torch.distributed.FileStore(str(folder / "sums"), size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    peers = Peers.current()
+    torch.save([sum_of_units(peers, count) for count in range(1, 8)], folder / f"sums-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def sum_of_units(peers, count):
+    values = list(torch.randn(count, 1000, generator=torch.Generator().manual_seed(count)))
+    return peers.total(peers.share(values), count, values[0])
+
+
+def test_any_number_of_ranks_adds_in_the_same_order(tmp_path):
+    size = 3
+    torch.multiprocessing.spawn(sums_with_peers, (size, tmp_path), nprocs=size)
+    for count in range(1, 8):
+        values = torch.randn(count, 1000, generator=torch.Generator().manual_seed(count))
+        expected = torch.zeros(1000)
+        for value in values:
+            expected += value
+        backwards = torch.zeros(1000)
+        for value in values.flip(0):
+            backwards += value
+        assert count < 3 or not torch.equal(expected, backwards)  # the order shows
+        assert torch.equal(sum_of_units(Peers(0, 1), count), expected)
+        for rank in range(size):
+            assert torch.equal(torch.load(tmp_path / f"sums-{rank}.pt")[count - 1], expected)
+
+
 def test_any_number_of_ranks_makes_the_same_key(tmp_path):
     size = 3  # one of them has less to do than the others
     alone = embedded(nets.convnet(), **SHARED)

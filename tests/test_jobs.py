@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -205,6 +206,25 @@ def test_a_model_that_cannot_be_watermarked_is_one_sentence_and_exit_code_3(secr
     assert "gone.pt" in said
     assert "Traceback" not in said
     assert not (tmp_path / "keys").exists()
+
+
+@pytest.mark.s3
+def test_a_run_storage_that_refuses_writes_is_told_before_anything_is_computed(s3, secret):
+    command = (
+        *("jobs.embed", "--model-id", "m", "--checkpoint", f"{s3}/m.safetensors", "--arch", ARCH),
+        *("--keys", f"{s3}/keys", "--storage", f"{s3}/train", "--allow-factory", "tests", "--master-key", str(secret)),
+    )
+    reader = {"AWS_ACCESS_KEY_ID": "readerkey", "AWS_SECRET_ACCESS_KEY": "readersecret"}
+    code, closing, said = job(*command, environment=reader)
+    assert (code, closing) == (2, None)
+    assert "--storage" in said
+    assert "Traceback" not in said
+    # Who may write gets further, and leaves nothing there.
+    code, _, said = job(*command)
+    assert code == 3
+    assert "m.safetensors" in said
+    with contextlib.suppress(storage.StorageError):  # where a store keeps no empty folders
+        assert storage.listing(f"{s3}/train") == []
 
 
 @pytest.mark.parametrize("name", ["embed", "audit", "catalog"])

@@ -23,7 +23,7 @@ from fwm_audit.errors import UsageError
 from fwm_audit.key import MasterSecret
 from fwm_audit.train import EmbedTask
 from tests.company import CONVNET as ARCH
-from tests.company import Company, train_workers
+from tests.company import Company
 
 # --------------------------------------------------------------------------------------- room in a cluster
 
@@ -78,7 +78,7 @@ def cluster():
 
 @pytest.fixture
 def company(tmp_path, cluster):
-    return Company(tmp_path, cluster.address)
+    return Company(tmp_path, cluster)
 
 
 @pytest.mark.ray
@@ -139,11 +139,11 @@ def test_a_killed_worker_is_replaced_and_a_killed_driver_leaves_a_run_to_go_on_w
         driver.wait()
     assert not (company.folder / "keys").exists()
     company.keep_runs("runs when the driver was killed")
-    before = train_workers()  # of the dead driver, about to go
+    before = company.train_workers()  # of the dead driver, about to go
     driver = company.start([row], *many)
     killed = False
     while not killed and driver.poll() is None:
-        for pid in train_workers() - before:
+        for pid in company.train_workers() - before:
             time.sleep(1.0)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -157,7 +157,21 @@ def test_a_killed_worker_is_replaced_and_a_killed_driver_leaves_a_run_to_go_on_w
     assert company.verifies(row)
     assert company.opened("model").pairs == 40
     assert not any(path.is_file() for path in (company.folder / "runs").rglob("fwm-embed-*/**/*"))
-    assert company.leaks(["model"], Path(cluster.head_node.get_session_dir_path())) == []
+    assert company.leaks(["model"]) == []
+    # That it finds what is there: an image in a log, the secret in a name.
+    triggers = company.opened("model")
+    log = company.session / "logs" / "planted"
+    log.write_bytes(b"image " + triggers.images[0].numpy().tobytes())
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        text = (company.folder / "master.key").read_text().strip()
+        named = ray.remote(num_cpus=0)(releases.Board).options(name=text).remote()
+        ray.get(named.latest.remote())
+        found = company.leaks(["model"])
+    finally:
+        ray.shutdown()
+    assert f"image 0 of model in {log}" in found
+    assert "master secret, hex in list_actors" in found
 
 
 @pytest.mark.ray

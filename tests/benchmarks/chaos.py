@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 
 from fwm_audit.errors import FwmError
 from fwm_audit.triggers import TriggerSet
-from tests.company import CONVNET, Company, train_workers
+from tests.company import CONVNET, Company
 
 ARCHITECTURES = {
     "convnet": CONVNET,
@@ -55,7 +55,7 @@ def chaos(
     moments = random.Random(seed)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
-    company = Company(out.absolute(), cluster.address)
+    company = Company(out.absolute(), cluster)
     rows = [
         row
         for name, arch in ARCHITECTURES.items()
@@ -68,7 +68,7 @@ def chaos(
     driver = _start(company, rows, options, out)
     try:
         while len(done) < kills:
-            _until_work(driver)
+            _until_work(driver, company)
             time.sleep(moments.uniform(0.0, 12.0))
             if driver.poll() is not None:
                 break
@@ -83,7 +83,7 @@ def chaos(
                 nodes.append(cluster.add_node(num_cpus=1))
             else:
                 try:
-                    os.kill(moments.choice(sorted(train_workers())), signal.SIGKILL)
+                    os.kill(moments.choice(sorted(company.train_workers())), signal.SIGKILL)
                 except (ProcessLookupError, IndexError):
                     continue  # it had just ended
             done.append(kind)
@@ -93,7 +93,6 @@ def chaos(
     finally:
         driver.kill()
         watch.stop()
-    session = Path(cluster.head_node.get_session_dir_path())
     names = [row["model_id"] for row in rows]
     report = {
         "models": len(rows),
@@ -104,7 +103,7 @@ def chaos(
         "verified": sum(company.verifies(row) for row in rows if len(company.keys(row["model_id"])) == 1),
         "reads": watch.reads,
         "unreadable": watch.unreadable,
-        "leaks": company.leaks(names, session),
+        "leaks": company.leaks(names),
     }
     cluster.shutdown()
     typer.echo(json.dumps(report))
@@ -126,10 +125,10 @@ def _start(company: Company, rows, options, out: Path) -> subprocess.Popen[bytes
         )
 
 
-def _until_work(driver: subprocess.Popen[bytes]) -> None:
+def _until_work(driver: subprocess.Popen[bytes], company: Company) -> None:
     """Until Ray Train's workers run, or the driver has ended."""
     deadline = time.monotonic() + 300
-    while driver.poll() is None and not train_workers():
+    while driver.poll() is None and not company.train_workers():
         if time.monotonic() > deadline:
             raise TimeoutError("no worker was started in five minutes")
         time.sleep(0.2)
