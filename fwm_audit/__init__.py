@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from fwm_audit.verification import Verification as Verification
     from fwm_audit.verification import verify as verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["MasterSecret", "SecretKey", "TriggerSet", "Verification", "embed", "verify"]
 
 _HOMES = {

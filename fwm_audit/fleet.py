@@ -59,6 +59,10 @@ _ATTEMPTS: Final = 2
 #: Only the end of a process frees a CUDA context and what native code leaked. Starting the next takes seconds, which
 #: at 200 models were most of the time (empty models on two cores: 170 records/s, against 670/s at 1000).
 _MODELS_PER_ACTOR: Final = 1000
+#: Checkpoints from this size on are audited first, the largest before the others.
+_LARGE_BYTES: Final = 64 << 20
+#: Tasks among which an actor's next one is looked for by the key that it holds.
+_NEAR: Final = 64
 #: Longest wait for an answer before deadlines are looked at again.
 _TICK_S: Final = 1.0
 _PATIENCE_S: Final = 30.0
@@ -107,13 +111,22 @@ class AuditJob:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A run and what is left of it. `resumed`: its run.json is stored. `missing`: shards without a part."""
+    """A run and what is left of it.
+
+    `entries` are in the order of work, of which shards are slices. `resumed`: its run.json is stored.
+    `missing`: shards without a part.
+    """
 
     job: AuditJob
     run: Run
     entries: tuple[CatalogEntry, ...]
     resumed: bool
     missing: tuple[int, ...]
+
+    def entries_of(self, shard: int) -> tuple[CatalogEntry, ...]:
+        """The entries whose records are in one part, in its order."""
+        rows = self.run.rows_of(shard)
+        return self.entries[rows.start : rows.stop]
 
     @property
     def manifest(self) -> str:
@@ -161,10 +174,13 @@ class AuditWorker:
         torch.set_num_threads(max(1, int(cpus)))
         self._auditor = Auditor(self._settings, f"{socket.gethostname()}:{os.getpid()}")
 
-    def audit(self, entry: CatalogEntry, *, shard: int, attempt: int) -> AuditRecord:
-        """The record of one entry; whatever is wrong with the model is in the record."""
+    def audit(self, entry: CatalogEntry, *, shard: int, attempt: int, ahead: CatalogEntry | None = None) -> AuditRecord:
+        """The record of one entry; whatever is wrong with the model is in the record.
+
+        `ahead` is probably the next one: its file may be fetched meanwhile.
+        """
         assert self._auditor is not None
-        return self._auditor.audit(entry, shard=shard, attempt=attempt)
+        return self._auditor.audit(entry, shard=shard, attempt=attempt, ahead=ahead)
 
 
 def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[AuditWorker] = AuditWorker) -> Summary:
@@ -222,7 +238,8 @@ def plan_audit(job: AuditJob) -> Plan:
         data = storage.read(catalog)
     except StorageError as error:
         raise UsageError(f"cannot read the catalog: {error.message}") from None
-    entries = read_catalog(data, catalog)
+    # What takes long is begun first, so that no worker is alone with it in the end; else in the catalog's order.
+    entries = tuple(sorted(read_catalog(data, catalog), key=_first_the_large))
     base = str(Path.cwd())
     settings = {
         "catalog": catalog,
@@ -259,6 +276,11 @@ def plan_audit(job: AuditJob) -> Plan:
     there = _names_in(plan.locate(str(parts[0].parent)))
     missing = tuple(shard for shard, part in zip(plan.missing, parts, strict=True) if part.name not in there)
     return replace(plan, missing=missing)
+
+
+def _first_the_large(entry: CatalogEntry) -> int:
+    size = entry.size_bytes or 0
+    return -size if size >= _LARGE_BYTES else 0
 
 
 def _fingerprints(entries: Iterable[CatalogEntry], keys: str) -> dict[str, str | None]:
@@ -306,16 +328,23 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What one actor is doing: starting (`task` is None), or auditing its `served`-th model."""
+    """What one actor is doing: starting (`task` is None), or auditing its `served`-th model.
+
+    `ahead` is the task that is meant for it next, whose file it may fetch meanwhile.
+    """
 
     actor: Any
     task: _Task | None = None
+    ahead: _Task | None = None
     deadline: float = math.inf
     served: int = 0
 
 
 class _Dispatcher:
-    """Exactly one record for each task. Every actor has one call in flight, or is gone."""
+    """Exactly one record for each task. Every actor has one call in flight, or is gone.
+
+    A task is in `_todo`, or meant for an actor as its `ahead`, or in flight.
+    """
 
     def __init__(self, spawn: Callable[[], Any], settings: AuditSettings, *, actors: int, timeout_s: float) -> None:
         self._spawn = spawn
@@ -362,7 +391,7 @@ class _Dispatcher:
                 if ray.wait([ref], timeout=0)[0]:
                     continue  # it finished while others were settled or stored: the next round takes it
                 del self._calls[ref]
-                ray.kill(call.actor)
+                self._let_go(call)
                 # Not tried again: the second try would hold up the fleet for as long as the first.
                 text = f"not audited within {self._timeout_s:g} s, the limit set by --timeout"
                 yield call.task, self._error(call.task, FwmError(ErrorCode.TIMEOUT, text))
@@ -377,7 +406,7 @@ class _Dispatcher:
         except RayTaskError as error:  # raised in the worker, which lives on
             cause: Exception = error.cause
             if isinstance(cause, UsageError):
-                ray.kill(call.actor)
+                self._let_go(call)
                 raise cause from None
             if call.task is None:
                 self._start_failed(call, error)
@@ -389,7 +418,7 @@ class _Dispatcher:
             if call.task is None:
                 self._start_failed(call, error)
                 return None
-            ray.kill(call.actor)
+            self._let_go(call)
             return self._died(call.task, error)
         if call.task is None:
             self._failed_starts = 0
@@ -398,12 +427,44 @@ class _Dispatcher:
 
     def _employ(self, call: _Call) -> None:
         """Give a ready actor its next model, or let it go."""
-        if not self._todo or call.served >= _MODELS_PER_ACTOR:
-            ray.kill(call.actor)
+        if call.served >= _MODELS_PER_ACTOR:
+            self._let_go(call)
             return
-        task = self._todo.popleft()
-        ref = call.actor.audit.remote(task.entry, shard=task.shard, attempt=task.attempt)
-        self._calls[ref] = _Call(call.actor, task, time.monotonic() + self._timeout_s, call.served + 1)
+        task = call.ahead or self._pick(call.task) or self._steal()
+        if task is None:
+            self._let_go(call)
+            return
+        ahead = self._pick(task) if call.served + 1 < _MODELS_PER_ACTOR else None
+        ref = call.actor.audit.remote(
+            task.entry, shard=task.shard, attempt=task.attempt, ahead=ahead.entry if ahead else None
+        )
+        self._calls[ref] = _Call(call.actor, task, ahead, time.monotonic() + self._timeout_s, call.served + 1)
+
+    def _pick(self, before: _Task | None) -> _Task | None:
+        """Take the next task from those to do; one with the key of `before`, which its actor holds, if that is near."""
+        if not self._todo:
+            return None
+        if before is not None:
+            for number, task in enumerate(itertools.islice(self._todo, _NEAR)):
+                if _key_of(task.entry) == _key_of(before.entry):
+                    del self._todo[number]
+                    return task
+        return self._todo.popleft()
+
+    def _steal(self) -> _Task | None:
+        """Take a task that is meant for a busy actor: the one that has been busy least would come to it last."""
+        waiting = {ref: call for ref, call in self._calls.items() if call.ahead is not None}
+        if not waiting:
+            return None
+        ref = max(waiting, key=lambda ref: waiting[ref].deadline)
+        self._calls[ref] = replace(waiting[ref], ahead=None)
+        return waiting[ref].ahead
+
+    def _let_go(self, call: _Call) -> None:
+        """End an actor; what was meant for it is to do again."""
+        ray.kill(call.actor)
+        if call.ahead is not None:
+            self._todo.appendleft(call.ahead)
 
     def _died(self, task: _Task, error: RayError) -> AuditRecord | None:
         """One model was in flight, so it is known which: try it again first, or blame it."""
@@ -432,6 +493,10 @@ class _Dispatcher:
         return error_record(self._settings, task.entry, error, shard=task.shard, attempt=task.attempt)
 
 
+def _key_of(entry: CatalogEntry) -> tuple[str, str]:
+    return entry.model_id, entry.key_id
+
+
 def _reason(error: RayError) -> str:
     """What Ray says of a failure: the last line, below tracebacks and its inventory of the actor."""
     return str(error).strip().rpartition("\n")[2]
@@ -452,7 +517,7 @@ def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: typ
         master_key_file=job.master_key_file,
     )
     # In the order of shards, so that shards are complete early and few records wait in memory.
-    tasks = [_Task(plan.entries[row], shard) for shard in plan.missing for row in run.rows_of(shard)]
+    tasks = [_Task(entry, shard) for shard in plan.missing for entry in plan.entries_of(shard)]
     usable = [task for task in tasks if task.entry.problem is None]
     unusable = (
         (task, error_record(settings, task.entry, task.entry.problem, shard=task.shard, attempt=task.attempt))
@@ -474,11 +539,12 @@ def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: typ
         for task, record in itertools.chain(unusable, audited):
             _log_finding(record)
             verdicts[record.verdict] += 1
-            shard, rows = waiting[task.shard], run.rows_of(task.shard)
+            shard, entries = waiting[task.shard], plan.entries_of(task.shard)
             shard[task.entry.row] = record
-            if len(shard) == len(rows):
+            if len(shard) == len(entries):
                 del waiting[task.shard]
-                writes.append(pool.submit(_write, plan.locate(run.part(task.shard)), [shard[row] for row in rows]))
+                records = [shard[entry.row] for entry in entries]
+                writes.append(pool.submit(_write, plan.locate(run.part(task.shard)), records))
             # Storage that is slower than the audit holds the audit up, instead of filling memory.
             while writes and (writes[0].done() or len(writes) > 2 * _IO_THREADS):
                 writes.popleft().result()

@@ -250,7 +250,7 @@ class Run:
         return -(-self.rows // self.shard_size)
 
     def rows_of(self, shard: int) -> range:
-        """Catalog rows of one part."""
+        """Positions, in the order of work, of the entries of one part."""
         return range(shard * self.shard_size, min(self.rows, (shard + 1) * self.shard_size))
 
     def part(self, shard: int) -> str:

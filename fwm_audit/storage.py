@@ -268,7 +268,28 @@ def _known(uri: str) -> tuple[bytes | None, str | None]:
         return None, None
 
 
-def fetch(uri: str, *, base: str | None = None) -> Fetched:
+def describe(uri: str, *, base: str | None = None) -> ObjectInfo:
+    """Size and ETag of an object, without reading it.
+
+    Raises:
+        StorageError: It does not exist, or the store cannot be asked.
+    """
+    uri = absolute(uri, base)
+    with _explained(uri):
+        if (path := _local_path(uri)) is not None:
+            return ObjectInfo(uri, os.stat(path).st_size, None)
+        fs, path = _remote(uri)
+        if isinstance(fs, s3fs.S3FileSystem):
+            head = _head(fs, path)
+            return ObjectInfo(uri, int(head["ContentLength"]), _bare(head["ETag"]))
+        return ObjectInfo(uri, int(_retry(fs.info, path)["size"]), None)
+
+
+class TooLargeError(Exception):
+    """An object has more bytes than asked for."""
+
+
+def fetch(uri: str, *, base: str | None = None, at_most: int | None = None) -> Fetched:
     """One version of an object, readable under a local path and hashed.
 
     A local file is not copied. Anything else is read into a memory-backed file, which takes its
@@ -277,14 +298,16 @@ def fetch(uri: str, *, base: str | None = None) -> Fetched:
     Args:
         uri: The object.
         base: Local folder that relative paths count from; None takes the working directory.
+        at_most: Bytes that there is room for; None is no limit.
 
     Raises:
         StorageError: It does not exist, changed while it was read, or cannot be read.
+        TooLargeError: It has more than `at_most` bytes; nothing was read.
     """
     uri = absolute(uri, base)
     with _explained(uri):
         if (path := _local_path(uri)) is not None:
-            return _fetch_local(uri, path)
+            return _fetch_local(uri, path, at_most)
         fs, path = _remote(uri)
         # Closed by Fetched, or here if anything goes wrong on the way.
         with contextlib.ExitStack() as on_error:
@@ -292,13 +315,19 @@ def fetch(uri: str, *, base: str | None = None) -> Fetched:
             if isinstance(fs, s3fs.S3FileSystem):
                 head = _head(fs, path)
                 size, etag = int(head["ContentLength"]), str(head["ETag"])
+                _check_size(size, at_most)
                 source = _Version(uri, fs, _target(fs, path), size, etag)
                 sha256 = fsspec.asyn.sync(fs.loop, _download, source, spool.fileno())
             else:
                 etag = None
-                size, sha256 = _copy(fs, uri, path, spool)
+                size, sha256 = _copy(fs, uri, path, spool, at_most)
             on_error.pop_all()
         return Fetched(_descriptor_path(spool), size, sha256, _bare(etag), spool)
+
+
+def _check_size(size: int, at_most: int | None) -> None:
+    if at_most is not None and size > at_most:
+        raise TooLargeError
 
 
 # Local files
@@ -319,7 +348,7 @@ def _state(file: BinaryIO) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _fetch_local(uri: str, path: str) -> Fetched:
+def _fetch_local(uri: str, path: str, at_most: int | None) -> Fetched:
     # Without O_NONBLOCK, opening a named pipe would wait for its writer for ever.
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)  # noqa: SIM115  # handed over
     with contextlib.ExitStack() as on_error:
@@ -327,6 +356,7 @@ def _fetch_local(uri: str, path: str) -> Fetched:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise StorageError(ErrorCode.STORAGE, f"{uri} is a folder or a device, not a file: name one checkpoint")
         before = _state(file)
+        _check_size(before[0], at_most)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if _state(file) != before:
             raise _changed(uri)
@@ -524,10 +554,11 @@ def _update(digest: Any, spool: int, start: int, stop: int) -> None:
         digest.update(os.pread(spool, min(_PIECE_BYTES, stop - at), at))
 
 
-def _copy(fs: Any, uri: str, path: str, spool: BinaryIO) -> tuple[int, str]:
+def _copy(fs: Any, uri: str, path: str, spool: BinaryIO, at_most: int | None) -> tuple[int, str]:
     """Size and SHA-256 of an object in a store without If-Match: its description must not change."""
     before = _retry(fs.info, path)
     size, copied, digest = int(before["size"]), 0, hashlib.sha256()
+    _check_size(size, at_most)
     for start in range(0, size, _RANGE_BYTES):
         piece = _retry(fs.cat_file, path, start=start, end=min(start + _RANGE_BYTES, size))
         copied += spool.write(piece)
@@ -579,7 +610,7 @@ _retry: Final = stamina.RetryingCaller(**_PATIENCE).on(_is_transient)
 def _explained(uri: str) -> Iterator[None]:
     try:
         yield
-    except FwmError:
+    except (FwmError, TooLargeError):
         raise
     except Exception as error:
         raise _explain(uri, error) from error

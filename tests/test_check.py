@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.fx.experimental.optimization import fuse
 
+from fwm_audit import check, storage
 from fwm_audit.architectures import build
 from fwm_audit.catalog import CatalogEntry
 from fwm_audit.check import Auditor
@@ -363,3 +364,55 @@ def test_labels_and_secrets_are_in_no_record(world):
     master = (world.folder / "master.key").read_text().strip()
     assert master not in str(world.audit())
     assert master not in str(world.audit("truncated.st"))
+
+
+# ------------------------------------------------------------------------------------- fetched ahead of time
+
+
+@pytest.fixture
+def fetches(monkeypatch):
+    """URIs of checkpoints in the order in which they were fetched, with the limit."""
+    seen = []
+    fetch = storage.fetch
+
+    def counted(uri, **options):
+        if not uri.endswith(".fwmkey"):
+            seen.append((uri, options.get("at_most")))
+        return fetch(uri, **options)
+
+    monkeypatch.setattr(storage, "fetch", counted)
+    return seen
+
+
+def test_the_next_file_is_fetched_once_and_judged_as_ever(world, fetches):
+    save_file({**world.state, "8.weight": world.state["8.weight"] + 1e-3}, world.folder / "edited.safetensors")
+    names = ["released.safetensors", "edited.safetensors", "gone.pt", "released.safetensors"]
+    entries = [world.entry(name) for name in names]
+    auditor = Auditor(world.settings(), "w")
+    records = [
+        auditor.audit(entry, shard=0, attempt=1, ahead=ahead)
+        for entry, ahead in zip(entries, [*entries[1:], None], strict=True)
+    ]
+    assert [record.verdict for record in records] == ["intact", "tampered", "error", "intact"]
+    assert records[2].error_code == ErrorCode.OBJECT_MISSING
+    assert [uri for uri, _ in fetches] == names
+
+
+def test_a_file_that_another_worker_took_is_let_go(world, fetches):
+    auditor = Auditor(world.settings(), "w")
+    one, other = world.entry("released.safetensors"), world.entry("gone.pt")
+    open_before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    for ahead in (other, one, other, one):
+        record = auditor.audit(one, shard=0, attempt=1, ahead=ahead)
+        assert record.verdict == "intact"
+    assert auditor.audit(one, shard=0, attempt=1).verdict == "intact"
+    auditor._files._thread.shutdown()
+    assert len(os.listdir("/proc/self/fd")) == open_before  # noqa: PTH208
+
+
+def test_a_large_file_is_not_fetched_ahead(world, fetches, monkeypatch):
+    monkeypatch.setattr(check, "_AHEAD_BYTES", 100)
+    auditor, entry = Auditor(world.settings(), "w"), world.entry("released.safetensors")
+    for ahead in (entry, None):
+        assert auditor.audit(entry, shard=0, attempt=1, ahead=ahead).verdict == "intact"
+    assert [limit for _, limit in fetches] == [None, 100, None]

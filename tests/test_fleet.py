@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -54,7 +55,7 @@ class Worker(AuditWorker):
     def start(self):
         pass
 
-    def audit(self, entry, *, shard, attempt):
+    def audit(self, entry, *, shard, attempt, ahead=None):
         act = urlsplit(entry.uri).netloc
         with (Path(self._settings.keys) / "calls").open("a") as calls:
             calls.write(f"{act} {entry.row} {os.getpid()}\n")
@@ -101,9 +102,16 @@ class Fleet:
         self.folder = folder
         (folder / "keys").mkdir()
 
-    def job(self, acts, **options):
+    def job(self, acts, *, sizes=(), **options):
         entries = [
-            CatalogEntry(row, f"model-{row}", f"test://{act}/{row}", "timm:any", "" if act == "no-key" else KEY_ID)
+            CatalogEntry(
+                row,
+                f"model-{row}",
+                f"test://{act}/{row}",
+                "timm:any",
+                "" if act == "no-key" else KEY_ID,
+                size_bytes=sizes[row] if sizes else None,
+            )
             for row, act in enumerate(acts)
         ]
         (self.folder / "catalog.parquet").write_bytes(write_catalog(entries, "catalog.parquet"))
@@ -185,6 +193,40 @@ def test_the_deadline_counts_from_the_start_of_the_model(models):
 def test_more_workers_than_fit_are_no_error(models):
     """On a cluster with no room yet, work goes to whoever is ready."""
     assert run_audit(models.job(["slow"] * 12, actors=6), worker=Worker).verdicts["intact"] == 12
+
+
+def test_what_is_meant_for_a_busy_worker_is_taken_by_an_idle_one(models):
+    """A model that hangs keeps nobody waiting but itself."""
+    began = time.monotonic()
+    took = []
+    job = models.job(["hang"] + ["ok"] * 5, timeout_s=20.0)
+    run_audit(job, progress=lambda *_: took.append(time.monotonic() - began), worker=Worker)
+    assert [row["error_code"] for row in models.rows()] == ["timeout"] + [None] * 5
+    assert took[4] < took[5] - 5  # the five others were done long before
+
+
+def test_large_checkpoints_are_audited_first_and_every_row_once(models, monkeypatch):
+    """The order of work is that of the parts; it does not change who is audited."""
+    sizes = [1, 5, None, 7, 3, 9, 2]
+    monkeypatch.setattr(fleet, "_LARGE_BYTES", 4)
+    job = models.job(["ok"] * len(sizes), actors=1, sizes=sizes)
+    assert run_audit(job, worker=Worker).verdicts["intact"] == len(sizes)
+    expected = ["5", "3", "1", "0", "2", "4", "6"]
+    assert [row for _, row, _ in models.calls] == expected
+    assert [row["uri"].rpartition("/")[2] for row in models.rows()] == expected
+
+
+def test_a_worker_gets_models_of_the_key_that_it_holds(models):
+    """Opening a key costs more than a small audit: neighbours with the same key stay together."""
+    plan = plan_audit(models.job(["ok"] * 6))
+    keys = ["a", "b", "a", "b", "a", "c"]
+    tasks = [fleet._Task(dataclasses.replace(e, model_id="m", key_id=key), 0) for e, key in zip(plan.entries, keys, strict=True)]
+    dispatcher = fleet._Dispatcher(None, settings_of(plan), actors=1, timeout_s=1)
+    dispatcher._todo.extend(tasks[1:])
+    picked = [task := dispatcher._pick(tasks[0])]
+    while task := dispatcher._pick(task):
+        picked.append(task)
+    assert [task.entry.key_id for task in picked] == ["a", "a", "b", "b", "c"]
 
 
 def test_workers_are_replaced_after_so_many_models(models, monkeypatch):

@@ -69,7 +69,7 @@ def chaos(
     try:
         while len(done) < kills:
             _until_work(driver, company)
-            time.sleep(moments.uniform(0.0, 12.0))
+            time.sleep(moments.uniform(0.0, 30.0))
             if driver.poll() is not None:
                 break
             kind = KINDS[len(done) % len(KINDS)]
