@@ -24,10 +24,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
+import pyarrow as pa
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
@@ -44,6 +45,7 @@ from fwm_audit.records import (
     error_record,
     from_parquet,
     manifest,
+    record_of,
     run_path,
     to_parquet,
 )
@@ -94,6 +96,8 @@ class AuditJob:
         gpus_per_actor: Share of a GPU for each; 0 audits on the CPU.
         timeout_s: Seconds for one model, from the moment a ready worker begins.
         master_key_file: A path as the workers see it; None lets their FWM_MASTER_KEY_FILE tell.
+        carry_days: Carry intact records forward from the last complete run where the object has not changed
+            since, up to this many days after its audit; None audits every model.
     """
 
     catalog: str
@@ -106,6 +110,7 @@ class AuditJob:
     gpus_per_actor: float = 0.0
     timeout_s: float = 600.0
     master_key_file: str | None = None
+    carry_days: float | None = None
     shard_size: int = 64
 
 
@@ -114,7 +119,7 @@ class Plan:
     """A run and what is left of it.
 
     `entries` are in the order of work, of which shards are slices. `resumed`: its run.json is stored.
-    `missing`: shards without a part.
+    `missing`: shards without a part. `before`: the run whose intact records are carried forward, if any.
     """
 
     job: AuditJob
@@ -122,6 +127,7 @@ class Plan:
     entries: tuple[CatalogEntry, ...]
     resumed: bool
     missing: tuple[int, ...]
+    before: Run | None = None
 
     def entries_of(self, shard: int) -> tuple[CatalogEntry, ...]:
         """The entries whose records are in one part, in its order."""
@@ -140,11 +146,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A complete run: its records by verdict, its error records by code, the URI of its manifest."""
+    """A complete run: records by verdict, error records by code, records carried forward, URI of the manifest."""
 
     run_id: str
     verdicts: Mapping[str, int]
     errors: Mapping[str, int]
+    carried: int
     manifest: str
 
 
@@ -248,6 +255,7 @@ def plan_audit(job: AuditJob) -> Plan:
         "allow_factory": sorted(job.allowed_factories),
         # The rest of a run must not read other files because it was resumed from another folder.
         "relative_to": base if any(storage.absolute(entry.uri, base) != entry.uri for entry in entries) else None,
+        "max_age": job.carry_days,
     }
     run = Run(
         run_id=job.run_id,
@@ -260,11 +268,10 @@ def plan_audit(job: AuditJob) -> Plan:
         code_version=__version__,
     )
     plan = Plan(job, run, entries, resumed=False, missing=tuple(range(run.shards)))
-    try:
-        stored = Run.from_json(storage.read(plan.locate(run_path(job.run_id, "run.json"))))
-    except StorageError as error:
-        if error.code is not ErrorCode.OBJECT_MISSING:
-            raise
+    stored = _stored(plan, job.run_id)
+    if job.carry_days is not None:
+        plan = replace(plan, before=_last_run(plan, stored or run))
+    if stored is None:
         return plan
     if differences := stored.differences(run):
         raise UsageError(
@@ -276,6 +283,33 @@ def plan_audit(job: AuditJob) -> Plan:
     there = _names_in(plan.locate(str(parts[0].parent)))
     missing = tuple(shard for shard, part in zip(plan.missing, parts, strict=True) if part.name not in there)
     return replace(plan, missing=missing)
+
+
+def _stored(plan: Plan, run_id: str) -> Run | None:
+    try:
+        return Run.from_json(storage.read(plan.locate(run_path(run_id, "run.json"))))
+    except StorageError as error:
+        if error.code is not ErrorCode.OBJECT_MISSING:
+            raise
+        return None
+
+
+def _last_run(plan: Plan, run: Run) -> Run | None:
+    """The last complete run before `run` that looked at models as it does, if its audits are not too old."""
+    assert plan.job.carry_days is not None
+
+    def alike(other: Run) -> bool:
+        ours, theirs = ({**one.settings, "catalog": None, "max_age": None} for one in (run, other))
+        return ours == theirs and other.code_version == run.code_version and other.started_at < run.started_at
+
+    for days in range(math.ceil(plan.job.carry_days) + 1):
+        parts = _names_in(plan.locate(f"audits/run_date={run.started_at - timedelta(days=days):%Y-%m-%d}"))
+        others = [_stored(plan, run_id) for run_id in {name.rpartition("-")[0] for name in parts}]
+        found = [other for other in others if other is not None and alike(other)]
+        for other in sorted(found, key=lambda other: other.started_at, reverse=True):
+            if storage.exists(plan.locate(run_path(other.run_id, "manifest.json"))):
+                return other
+    return None
 
 
 def _first_the_large(entry: CatalogEntry) -> int:
@@ -346,8 +380,17 @@ class _Dispatcher:
     A task is in `_todo`, or meant for an actor as its `ahead`, or in flight.
     """
 
-    def __init__(self, spawn: Callable[[], Any], settings: AuditSettings, *, actors: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        spawn: Callable[[], Any],
+        settings: AuditSettings,
+        *,
+        actors: int,
+        timeout_s: float,
+        before: Callable[[CatalogEntry], AuditRecord | None] = lambda _: None,
+    ) -> None:
         self._spawn = spawn
+        self._before = before
         self._settings = settings
         self._actors = actors
         self._timeout_s = timeout_s
@@ -435,8 +478,14 @@ class _Dispatcher:
             self._let_go(call)
             return
         ahead = self._pick(task) if call.served + 1 < _MODELS_PER_ACTOR else None
+        before = self._before(task.entry)
         ref = call.actor.audit.remote(
-            task.entry, shard=task.shard, attempt=task.attempt, ahead=ahead.entry if ahead else None
+            task.entry,
+            shard=task.shard,
+            attempt=task.attempt,
+            # Where one is carried forward, the next one is likely to be, and needs no file.
+            ahead=ahead.entry if ahead and before is None else None,
+            before=before,
         )
         self._calls[ref] = _Call(call.actor, task, ahead, time.monotonic() + self._timeout_s, call.served + 1)
 
@@ -529,6 +578,7 @@ def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: typ
         settings,
         actors=job.actors or _room_for_actors(job.gpus_per_actor),
         timeout_s=job.timeout_s,
+        before=_Before(plan).of if plan.before is not None else lambda _: None,
     )
     waiting: defaultdict[int, dict[int, AuditRecord]] = defaultdict(dict)
     writes: deque[Future[bool]] = deque()
@@ -551,6 +601,40 @@ def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: typ
             progress(verdicts.total(), run.rows, verdicts)
         for write in writes:
             write.result()
+
+
+class _Before:
+    """Intact records of an earlier run, by what they are of: candidates to be carried forward."""
+
+    def __init__(self, plan: Plan) -> None:
+        assert plan.before is not None
+        assert plan.job.carry_days is not None
+        files = json.loads(storage.read(plan.locate(run_path(plan.before.run_id, "manifest.json"))))["files"]
+        with ThreadPoolExecutor(_IO_THREADS) as pool:
+            parts = list(pool.map(lambda file: storage.read(plan.locate(file["path"])), files))
+        for file, part in zip(files, parts, strict=True):
+            if hashlib.sha256(part).hexdigest() != file["sha256"]:
+                raise UsageError(
+                    f"{file['path']} is not what run {plan.before.run_id} wrote: find out who changed it, "
+                    "and audit without --incremental"
+                )
+        oldest = plan.run.started_at - timedelta(days=plan.job.carry_days)
+        # One table, of which rows are taken when their turn comes: 100,000 records as objects are 300 MB.
+        self._table = pa.concat_tables(map(from_parquet, parts), promote_options="default")
+        columns = [self._table[name].to_pylist() for name in ("verdict", "etag", "audited_at", *_SAME)]
+        self._rows = {
+            tuple(of): row
+            for row, (verdict, etag, audited_at, *of) in enumerate(zip(*columns, strict=True))
+            if verdict == Verdict.INTACT and etag and audited_at >= oldest
+        }
+
+    def of(self, entry: CatalogEntry) -> AuditRecord | None:
+        """The record of an entry, if there is one that may be carried forward."""
+        row = self._rows.get(tuple(getattr(entry, name) for name in _SAME))
+        return None if row is None else record_of(self._table.slice(row, 1).to_pylist()[0])
+
+
+_SAME: Final = ("uri", "model_id", "key_id", "arch")
 
 
 def _spawner(worker: type[AuditWorker], settings: AuditSettings, gpus: float) -> Callable[[], Any]:
@@ -600,4 +684,4 @@ def _commit(plan: Plan) -> Summary:
 
 def _summary(plan: Plan, data: bytes) -> Summary:
     values = json.loads(data)
-    return Summary(values["run_id"], values["verdicts"], values["errors"], plan.manifest)
+    return Summary(values["run_id"], values["verdicts"], values["errors"], values.get("carried", 0), plan.manifest)

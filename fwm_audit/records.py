@@ -71,6 +71,7 @@ SCHEMA: Final = pa.schema(
         pa.field("worker", pa.string()),
         pa.field("versions", pa.string()),
         pa.field("arithmetic", pa.string()),
+        pa.field("carried_from", pa.string()),
     ]
 )
 _MESSAGE_LENGTH: Final = 500
@@ -84,7 +85,8 @@ class AuditRecord:
     `digest_matches` compares the file with the released one: a model that computes the same
     function from other bytes is `intact` with `digest_matches` false. None means not compared.
     `dtype` is that of the checkpoint, `arithmetic` that in which its labels were taken: `float32` stands
-    for a coarser check, see `embedding.embed`.
+    for a coarser check, see `embedding.embed`. `carried_from` is the run that audited the model, at
+    `audited_at`, where this one found the same version of the object; None is this one.
     """
 
     run_id: str
@@ -121,6 +123,7 @@ class AuditRecord:
     worker: str | None = None
     versions: str | None = None
     arithmetic: str | None = None
+    carried_from: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -129,6 +132,8 @@ class AuditRecord:
             raise ValueError("a record has an error_code exactly when its verdict is 'error'")
         if self.verdict is not Verdict.ERROR and not self.triggers:
             raise ValueError("a verdict needs triggers")
+        if self.carried_from is not None and (self.verdict is not Verdict.INTACT or not self.etag):
+            raise ValueError("only an intact record of a known version of an object is carried forward")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,8 +203,9 @@ def error_record(
 @functools.cache
 def versions() -> str:
     """JSON of the versions that decide what a model computes."""
-    # From metadata: the driver has torch installed, not loaded.
-    return json.dumps({"fwm-audit": __version__, "torch": importlib.metadata.version("torch")})
+    # From metadata: the driver has these installed, not loaded.
+    others = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm")}
+    return json.dumps({"fwm-audit": __version__} | others)
 
 
 def _printable(text: str) -> str:
@@ -213,6 +219,34 @@ def to_parquet(records: Sequence[AuditRecord]) -> bytes:
     sink = io.BytesIO()
     pa.parquet.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
     return sink.getvalue()
+
+
+def carried(
+    settings: AuditSettings, entry: CatalogEntry, before: AuditRecord, *, shard: int, attempt: int, worker: str
+) -> AuditRecord:
+    """An earlier run's intact record of an object that has not changed since, as a record of this run."""
+    return dataclasses.replace(
+        before,
+        run_id=settings.run_id,
+        run_started_at=settings.run_started_at,
+        shard=shard,
+        attempt=attempt,
+        uri=entry.uri,
+        worker=worker,
+        carried_from=before.carried_from or before.run_id,
+        schema_version=SCHEMA_VERSION,
+    )
+
+
+def record_of(row: Mapping[str, Any]) -> AuditRecord:
+    """The record that a row of a part describes.
+
+    Raises:
+        ValueError: It is none.
+    """
+    values: dict[str, Any] = {name: row.get(name) for name in SCHEMA.names}
+    values |= {"verdict": Verdict(row["verdict"]), "displacement": Displacement(row["displacement"])}
+    return AuditRecord(**values)
 
 
 def from_parquet(data: bytes) -> pa.Table:
@@ -300,11 +334,13 @@ def manifest(run: Run, parts: Mapping[str, bytes]) -> bytes:
     files = []
     verdicts: Counter[str] = Counter()
     errors: Counter[str] = Counter()
+    carried_rows = 0
     for name, data in parts.items():
         table = from_parquet(data)
         files.append({"path": name, "rows": table.num_rows, "sha256": hashlib.sha256(data).hexdigest()})
         verdicts.update(table["verdict"].to_pylist())
         errors.update(code for code in table["error_code"].to_pylist() if code)
+        carried_rows += table.num_rows - table["carried_from"].null_count
     if (rows := sum(file["rows"] for file in files)) != run.rows or len(files) != run.shards:
         raise RuntimeError(f"run {run.run_id}: {rows} records in {len(files)} parts for {run.rows} catalog rows")
     return _json(
@@ -314,6 +350,7 @@ def manifest(run: Run, parts: Mapping[str, bytes]) -> bytes:
             "files": files,
             "verdicts": counts(verdicts),
             "errors": dict(sorted(errors.items())),
+            "carried": carried_rows,
         }
     )
 

@@ -22,6 +22,7 @@ _EXAMPLES = """\b
 Examples:
   python -m jobs.audit --catalog models.parquet --keys s3://acme/keys --out s3://acme/audits
   python -m jobs.audit --catalog models.csv --keys keys --out audits --run-id nightly-0412 --dry-run
+  python -m jobs.audit --catalog s3://acme/models.parquet --keys s3://acme/keys --out s3://acme/audits --incremental
   ray job submit --working-dir . -- python -m jobs.audit --catalog s3://acme/models.parquet ...
 
 \b
@@ -47,6 +48,16 @@ def audit(
     ] = None,
     gpus_per_actor: Annotated[float, typer.Option(min=0.0, help="Share of a GPU for each; 0: CPU.")] = 0.0,
     timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one model.")] = 600.0,
+    incremental: Annotated[
+        bool,
+        typer.Option(
+            "--incremental",
+            help="Carry intact records of the last complete run forward where ETag and size are the same.",
+        ),
+    ] = False,
+    max_age: Annotated[
+        float, typer.Option(metavar="DAYS", min=0.0, help="With --incremental: audit again after this time.")
+    ] = 7.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     master_key: _cli.MasterKey = None,
     allow_factory: _cli.AllowFactory = None,
@@ -63,6 +74,7 @@ def audit(
         gpus_per_actor=gpus_per_actor,
         timeout_s=timeout,
         master_key_file=str(master_key.absolute()) if master_key else None,
+        carry_days=max_age if incremental else None,
     )
     if dry_run:
         _describe(job)
@@ -81,6 +93,7 @@ def audit(
         complete=True,
         **summary.verdicts,
         errors=summary.errors,
+        carried=summary.carried,
         manifest=summary.manifest,
     )
     raise typer.Exit(exit_code(summary.verdicts, complete=True))
@@ -107,6 +120,7 @@ def _describe(job: AuditJob) -> None:
         shards=run.shards,
         shards_to_audit=len(plan.missing),
         tolerance=job.tolerance,
+        carries_from=plan.before.run_id if plan.before else None,
         parts=plan.locate(run.part(0).rpartition("/")[0]),
     )
 

@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ray.cluster_utils import Cluster
-from ray.util import state
+from ray.util import state as ray_state
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fwm_audit.architectures import build
 from fwm_audit.key import MAGIC, MasterSecret
@@ -34,18 +35,18 @@ class Company:
         self.session = Path(cluster.head_node.get_session_dir_path())
         MasterSecret.generate_file(folder / "master.key")
 
-    def release(self, names: Sequence[str], arch: str = CONVNET) -> list[dict[str, str]]:
-        """One checkpoint for each name, each of another width if `arch` says nothing else."""
+    def release(
+        self, names: Sequence[str], arch: str = CONVNET, weights: Mapping[str, Tensor] | None = None
+    ) -> list[dict[str, str]]:
+        """One checkpoint for each name, each of another width if `arch` says nothing else, or all near `weights`."""
         rows = []
         for number, name in enumerate(names):
             spec = f"{arch}&width={8 + number}" if arch == CONVNET else arch
             path = self.folder / f"{name.replace('/', '-')}.safetensors"
-            weights = build(spec, ["tests", "jobs"]).state_dict()
+            state = weights or build(spec, ["tests", "jobs"]).state_dict()
             if number:  # the factories' weights come from one seed
-                weights = {
-                    key: value * (1 + number / 64) if value.dim() > 1 else value for key, value in weights.items()
-                }
-            save_file(weights, path)
+                state = {key: value * (1 + number / 64) if value.dim() > 1 else value for key, value in state.items()}
+            save_file(state, path)
             rows.append({"model_id": name, "uri": str(path), "arch": spec})
         return rows
 
@@ -185,6 +186,6 @@ def _files(*folders: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _answers(address: str) -> Iterator[tuple[str, bytes]]:
-    for ask in (state.list_tasks, state.list_actors, state.list_jobs, state.list_workers):
+    for ask in (ray_state.list_tasks, ray_state.list_actors, ray_state.list_jobs, ray_state.list_workers):
         answer = ask(address=address, detail=True, limit=10_000, raise_on_missing_output=False)
         yield ask.__name__, repr(answer).encode()

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch.fx.experimental.optimization import fuse
 
 from fwm_audit import check, storage
@@ -416,3 +416,66 @@ def test_a_large_file_is_not_fetched_ahead(world, fetches, monkeypatch):
     for ahead in (entry, None):
         assert auditor.audit(entry, shard=0, attempt=1, ahead=ahead).verdict == "intact"
     assert [limit for _, limit in fetches] == [None, 100, None]
+
+
+# ------------------------------------------------------------------------------- carried forward from a run before
+
+
+@pytest.fixture
+def stored(world, s3):
+    """The world's checkpoint in an object store, its entry there, and the record of a first audit."""
+    uri = f"{s3}/released.safetensors"
+    storage.create(uri, (world.folder / "released.safetensors").read_bytes())
+    entry = world.entry(uri)
+    first = Auditor(world.settings(run_id="first"), "w").audit(entry, shard=0, attempt=1)
+    assert first.verdict == "intact"
+    return entry, first
+
+
+@pytest.mark.s3
+def test_an_unchanged_object_is_carried_forward_unread(world, stored, fetches):
+    entry, first = stored
+    again = Auditor(world.settings(run_id="second"), "x").audit(entry, shard=2, attempt=1, before=first)
+    assert (again.verdict, again.carried_from, again.audited_at) == ("intact", "first", first.audited_at)
+    assert (again.run_id, again.shard, again.worker) == ("second", 2, "x")
+    assert fetches == []
+
+
+@pytest.mark.s3
+def test_an_object_that_was_written_again_is_audited(world, stored, fetches):
+    entry, first = stored
+    edited = {**world.state, "8.weight": world.state["8.weight"] + 1e-3}
+    storage.replace(entry.uri, save(edited))
+    again = Auditor(world.settings(run_id="second"), "x").audit(entry, shard=2, attempt=1, before=first)
+    assert (again.verdict, again.carried_from) == ("tampered", None)
+    assert [uri for uri, _ in fetches] == [entry.uri]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    "change",
+    [{"key_fingerprint": "0" * 64}, {"versions": "{}"}, {"digest_matches": False}, {"size_bytes": 1}, {"etag": "x"}],
+)
+def test_a_record_of_something_else_is_not_carried_forward(world, stored, change):
+    entry, first = stored
+    again = Auditor(world.settings(run_id="second"), "x").audit(
+        entry, shard=2, attempt=1, before=dataclasses.replace(first, **change)
+    )
+    assert (again.verdict, again.carried_from) == ("intact", None)
+
+
+def test_a_local_file_has_no_version_to_be_carried_forward_by(world):
+    first = world.audit()
+    auditor = Auditor(world.settings(run_id="second"), "x")
+    again = auditor.audit(world.entry("released.safetensors"), shard=0, attempt=1, before=first)
+    assert (again.verdict, again.carried_from) == ("intact", None)
+
+
+@pytest.mark.s3
+def test_a_missing_key_or_object_is_told_whatever_was_before(world, stored):
+    entry, first = stored
+    auditor = Auditor(world.settings(run_id="second"), "x")
+    gone = dataclasses.replace(entry, uri=f"{entry.uri}.gone")
+    assert auditor.audit(gone, shard=0, attempt=1, before=first).error_code == ErrorCode.OBJECT_MISSING
+    missing = dataclasses.replace(entry, key_id="f" * 16)
+    assert auditor.audit(missing, shard=0, attempt=1, before=first).error_code == ErrorCode.KEY_MISSING

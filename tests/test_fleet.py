@@ -24,7 +24,16 @@ from fwm_audit import fleet, storage
 from fwm_audit.catalog import CatalogEntry, write_catalog
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, UsageError
 from fwm_audit.fleet import AuditJob, AuditWorker, IncompleteError, plan_audit
-from fwm_audit.records import AuditRecord, AuditSettings, error_record, from_parquet, make_record, to_parquet
+from fwm_audit.records import (
+    AuditRecord,
+    AuditSettings,
+    carried,
+    error_record,
+    from_parquet,
+    make_record,
+    record_of,
+    to_parquet,
+)
 from fwm_audit.verdict import Displacement, Tolerance, Verdict
 from jobs.audit import exit_code
 
@@ -55,7 +64,7 @@ class Worker(AuditWorker):
     def start(self):
         pass
 
-    def audit(self, entry, *, shard, attempt, ahead=None):
+    def audit(self, entry, *, shard, attempt, ahead=None, before=None):
         act = urlsplit(entry.uri).netloc
         with (Path(self._settings.keys) / "calls").open("a") as calls:
             calls.write(f"{act} {entry.row} {os.getpid()}\n")
@@ -220,7 +229,10 @@ def test_a_worker_gets_models_of_the_key_that_it_holds(models):
     """Opening a key costs more than a small audit: neighbours with the same key stay together."""
     plan = plan_audit(models.job(["ok"] * 6))
     keys = ["a", "b", "a", "b", "a", "c"]
-    tasks = [fleet._Task(dataclasses.replace(e, model_id="m", key_id=key), 0) for e, key in zip(plan.entries, keys, strict=True)]
+    tasks = [
+        fleet._Task(dataclasses.replace(e, model_id="m", key_id=key), 0)
+        for e, key in zip(plan.entries, keys, strict=True)
+    ]
     dispatcher = fleet._Dispatcher(None, settings_of(plan), actors=1, timeout_s=1)
     dispatcher._todo.extend(tasks[1:])
     picked = [task := dispatcher._pick(tasks[0])]
@@ -408,6 +420,63 @@ def test_memory_is_blamed_by_name(models):
     (again,) = dispatcher._todo
     assert again.attempt == 2
     assert dispatcher._died(again, OutOfMemoryError("killed")).error_code == "out_of_memory"
+
+
+def night(models, run_id, acts=("ok",) * 5, **options):
+    """An audit of its own run; the worker says which records it was offered."""
+    options = {"carry_days": 7.0} | options
+    return run_audit(models.job(acts, run_id=run_id, **options), worker=Carrying)
+
+
+class Carrying(Worker):
+    """Takes over each record that it is offered."""
+
+    def audit(self, entry, *, shard, attempt, ahead=None, before=None):
+        if before is not None:
+            return carried(self._settings, entry, before, shard=shard, attempt=attempt, worker="w")
+        seen = super().audit(entry, shard=shard, attempt=attempt)
+        return dataclasses.replace(seen, etag="e") if seen.verdict is Verdict.INTACT else seen
+
+
+def test_intact_records_of_the_last_complete_run_are_offered_to_the_next(models):
+    first = night(models, "one", carry_days=None)
+    assert (first.carried, json.loads(Path(first.manifest).read_bytes())["carried"]) == (0, 0)
+    second = night(models, "two")
+    assert (second.carried, second.verdicts["intact"]) == (5, 5)
+    third = night(models, "three", [*["ok"] * 4, "refuse", "ok"])  # an error and a new row
+    assert (third.carried, third.verdicts["intact"], third.verdicts["error"]) == (4, 5, 1)
+    fourth = night(models, "four", [*["ok"] * 4, "refuse", "ok"])
+    assert (fourth.carried, fourth.errors) == (5, {"checkpoint_corrupt": 1})
+    rows = [row for row in models.rows() if row["run_id"] == "four"]
+    # They name the run that looked at the model, and its time, whoever carried them since.
+    assert [row["carried_from"] for row in rows] == ["one"] * 4 + [None, "three"]
+    audited = {row["uri"]: row["audited_at"] for row in models.rows() if row["run_id"] == "one"}
+    assert all(row["audited_at"] == audited[row["uri"]] for row in rows[:4])
+    assert all(row["run_started_at"] == rows[0]["run_started_at"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "options", [{"carry_days": None}, {"carry_days": 0.0}, {"tolerance": Tolerance.HALF}, {"allowed_factories": ("x",)}]
+)
+def test_nothing_is_carried_forward_from_another_kind_of_run_or_from_too_old_a_one(models, options):
+    night(models, "one")
+    assert night(models, "two", **options).carried == 0
+
+
+def test_nothing_is_carried_forward_from_an_incomplete_run(models):
+    first = night(models, "one")
+    Path(first.manifest).unlink()
+    assert night(models, "two").carried == 0
+
+
+def test_records_that_were_changed_are_not_carried_forward(models):
+    """Who can write to the output must not make tampered models intact for a week."""
+    night(models, "one")
+    part = models.parts[0]
+    rows = from_parquet(part.read_bytes()).to_pylist()
+    part.write_bytes(to_parquet([dataclasses.replace(record_of(row), matches=7) for row in rows]))
+    with pytest.raises(UsageError, match="is not what run one wrote"):
+        night(models, "two")
 
 
 def test_error_records_survive_parquet(models):

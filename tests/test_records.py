@@ -60,6 +60,7 @@ dtype: string
 worker: string
 versions: string
 arithmetic: string
+carried_from: string
 """
 START = datetime(2026, 3, 1, 23, 59, 59, 123456, tzinfo=UTC)
 
@@ -145,6 +146,8 @@ def test_parquet_keeps_every_value_and_the_order():
         {"verdict": Verdict.TAMPERED, "triggers": 0},
         {"verdict": Verdict.ERROR},
         {"verdict": Verdict.INTACT, "error_code": "timeout"},
+        {"verdict": Verdict.TAMPERED, "etag": "e", "carried_from": "before"},
+        {"verdict": Verdict.INTACT, "carried_from": "before"},
     ],
 )
 def test_records_that_contradict_themselves_are_refused(values):
