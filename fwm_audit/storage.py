@@ -313,16 +313,13 @@ def fetch(uri: str, *, base: str | None = None, at_most: int | None = None) -> F
         with contextlib.ExitStack() as on_error:
             spool = on_error.enter_context(_spool())
             if isinstance(fs, s3fs.S3FileSystem):
-                head = _head(fs, path)
-                size, etag = int(head["ContentLength"]), str(head["ETag"])
-                _check_size(size, at_most)
-                source = _Version(uri, fs, _target(fs, path), size, etag)
-                sha256 = fsspec.asyn.sync(fs.loop, _download, source, spool.fileno())
+                source = _Object(uri, fs, _target(fs, path))
+                size, etag, sha256 = fsspec.asyn.sync(fs.loop, _download, source, spool.fileno(), at_most)
             else:
-                etag = None
+                etag = ""
                 size, sha256 = _copy(fs, uri, path, spool, at_most)
             on_error.pop_all()
-        return Fetched(_descriptor_path(spool), size, sha256, _bare(etag), spool)
+        return Fetched(_descriptor_path(spool), size, sha256, _bare(etag) or None, spool)
 
 
 def _check_size(size: int, at_most: int | None) -> None:
@@ -487,36 +484,43 @@ def _spool() -> BinaryIO:
 
 
 @dataclass(frozen=True, slots=True)
-class _Version:
-    """One version of an S3 object."""
+class _Object:
+    """One S3 object."""
 
     uri: str
     fs: s3fs.S3FileSystem
     target: dict[str, str]
-    size: int
-    etag: str
+
+    async def get(self, start: int, stop: int, **condition: str) -> Any:
+        """The answer to a ranged GET, its body unread."""
+        # The only way to a body that is not read at once.
+        return await self.fs._call_s3("get_object", **self.target, Range=f"bytes={start}-{stop - 1}", **condition)  # noqa: SLF001
 
 
-async def _download(source: _Version, spool: int) -> str:
-    """SHA-256 of the object, which is in `spool` afterwards.
+async def _download(source: _Object, spool: int, at_most: int | None) -> tuple[int, str, str]:
+    """Size, ETag and SHA-256 of one version of the object, which is in `spool` afterwards.
 
-    Bodies are streamed to their place and hashed from there in order, so that memory beyond the
-    spool stays at a few pieces, whatever the number of ranges in flight.
+    The answer to the first GET names the version, and the others are bound to that: a small object
+    takes one request. Bodies are streamed to their place and hashed from there in order, so that memory
+    beyond the spool stays at a few pieces, whatever the number of ranges in flight.
     """
     # The caller may be interrupted and close its descriptor, whose number would then be reused.
     spool = os.dup(spool)
     slots = asyncio.Semaphore(_STREAMS)
     retry = stamina.AsyncRetryingCaller(**_PATIENCE).on(_is_transient)
-
-    async def fill(start: int, stop: int) -> None:
-        async with slots:
-            await retry(_download_range, source, spool, start, stop)
-
-    ranges = [(start, min(start + _RANGE_BYTES, source.size)) for start in range(0, source.size, _RANGE_BYTES)]
-    tasks = [asyncio.create_task(fill(start, stop)) for start, stop in ranges]
     digest = hashlib.sha256()
+    tasks: list[asyncio.Task[None]] = []
     try:
-        os.ftruncate(spool, source.size)
+        there, size, etag = await retry(_download_first, source, spool, at_most)
+        os.ftruncate(spool, size)
+
+        async def fill(start: int, stop: int) -> None:
+            async with slots:
+                await retry(_download_range, source, spool, start, stop, etag)
+
+        ranges = [(start, min(start + _RANGE_BYTES, size)) for start in range(there, size, _RANGE_BYTES)]
+        tasks = [asyncio.create_task(fill(start, stop)) for start, stop in ranges]
+        await asyncio.to_thread(_update, digest, spool, 0, there)
         for task, (start, stop) in zip(tasks, ranges, strict=True):
             await task
             await asyncio.to_thread(_update, digest, spool, start, stop)
@@ -525,26 +529,54 @@ async def _download(source: _Version, spool: int) -> str:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         os.close(spool)
-    return digest.hexdigest()
+    return size, etag, digest.hexdigest()
 
 
-async def _download_range(source: _Version, spool: int, start: int, stop: int) -> None:
+async def _download_first(source: _Object, spool: int, at_most: int | None) -> tuple[int, int, str]:
+    """How many bytes of the object are in `spool` afterwards, from its start; its size and its ETag."""
     try:
-        reply = await source.fs._call_s3(  # noqa: SLF001  # the only way to a body that is not read at once
-            "get_object", **source.target, Range=f"bytes={start}-{stop - 1}", IfMatch=source.etag
-        )
+        reply = await source.get(0, _RANGE_BYTES)
+    except OSError as error:
+        if _status(error) != 416:
+            raise
+        # An empty object has no first byte to answer with.
+        head = await source.fs._call_s3("head_object", **source.target)  # noqa: SLF001
+        if head["ContentLength"]:
+            raise _changed(source.uri) from error
+        return 0, 0, str(head["ETag"])
+    async with reply["Body"] as body:
+        there = int(reply["ContentLength"])
+        # A server that ignores Range sends everything, and no range.
+        size = int(str(reply["ContentRange"]).rpartition("/")[2]) if reply.get("ContentRange") else there
+        _check_size(size, at_most)
+        if there not in {size, _RANGE_BYTES}:
+            raise _ShortReadError
+        await _pour(body, spool, 0, there)
+    return there, size, str(reply["ETag"])
+
+
+async def _download_range(source: _Object, spool: int, start: int, stop: int, etag: str) -> None:
+    try:
+        reply = await source.get(start, stop, IfMatch=etag)
     except OSError as error:
         if _status(error) in {404, 412}:
             raise _changed(source.uri) from error
         raise
     async with reply["Body"] as body:
-        if reply["ETag"] != source.etag:  # a server that ignores If-Match
+        if reply["ETag"] != etag:  # a server that ignores If-Match
             raise _changed(source.uri)
         if reply["ContentLength"] != stop - start:  # one that ignores Range: its body would fill a neighbour's place
             raise _ShortReadError
-        at = start
-        while piece := await body.read(_PIECE_BYTES):
-            at += os.pwrite(spool, piece, at)
+        await _pour(body, spool, start, stop)
+
+
+async def _pour(body: Any, spool: int, start: int, stop: int) -> None:
+    """Write a body to its place, as long as it keeps within that."""
+    at = start
+    while piece := await body.read(_PIECE_BYTES):
+        if at + len(piece) > stop:
+            raise _ShortReadError
+        at += os.pwrite(spool, piece, at)
     if at != stop:
         raise _ShortReadError
 

@@ -363,13 +363,29 @@ class TestFaults:
         proxy.script = lambda method, number: None
         assert fetched(uri) == BIG[::-1]
 
+    def test_a_small_object_takes_one_request(self, s3, proxy):
+        uri = storage.join(s3, "small.pt")
+        storage.replace(uri, b"weights")
+        del proxy.seen[:]
+        assert fetched(uri) == b"weights"
+        assert proxy.seen == ["GET"]
+
+    def test_too_large_an_object_is_not_read(self, s3, tmp_path):
+        for uri in (storage.join(s3, "model.pt"), str(tmp_path / "model.pt"), f"memory://{uuid.uuid4()}/model.pt"):
+            storage.replace(uri, b"weights")
+            with pytest.raises(storage.TooLargeError):
+                storage.fetch(uri, at_most=6)
+            with storage.fetch(uri, at_most=7) as file:
+                assert file.size == 7
+            assert storage.describe(uri).size == 7
+
     def test_an_object_deleted_between_ranges_is_changed(self, s3, proxy, s3_server):
         uri = storage.join(s3, "model.pt")
         storage.replace(uri, BIG)
         bucket, _, key = uri.removeprefix("s3://").partition("/")
         direct = boto3.client("s3", endpoint_url=s3_server)
         proxy.script = lambda method, number: (
-            direct.delete_object(Bucket=bucket, Key=key) and None if (method, number) == ("GET", 0) else None
+            direct.delete_object(Bucket=bucket, Key=key) and None if (method, number) == ("GET", 1) else None
         )
         assert code(storage.fetch, uri) is ErrorCode.OBJECT_CHANGED
 
@@ -491,19 +507,19 @@ def test_an_interrupted_fetch_writes_to_nobody_elses_file(s3, monkeypatch):
     begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
     download = storage._download
 
-    async def slow(source, spool):
+    async def slow(source, spool, at_most):
         async def held(*args):
             begun.set()
             await asyncio.to_thread(go_on.wait)
             return await original(*args)
 
-        monkeypatch.setattr(storage, "_download_range", held)
+        monkeypatch.setattr(storage, "_download_first", held)
         try:
-            return await download(source, spool)
+            return await download(source, spool, at_most)
         finally:
             ended.set()
 
-    original, sync = storage._download_range, fsspec.asyn.sync
+    original, sync = storage._download_first, fsspec.asyn.sync
     monkeypatch.setattr(storage, "_download", slow)
 
     def interrupted(loop, function, *args, **kwargs):
