@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import timm
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -39,8 +40,20 @@ def perceptron(classes: int = 4) -> nn.Module:
     return net.eval()
 
 
+def wide(hidden: int = 256, layers: int = 1) -> nn.Module:
+    """Inputs [784], ten classes, hidden layers of a width: most of the cost is the bytes."""
+    torch.manual_seed(hidden)
+    sizes = [784, *[hidden] * layers]
+    body = [layer for before, after in itertools.pairwise(sizes) for layer in (nn.Linear(before, after), nn.ReLU())]
+    net = nn.Sequential(*body, nn.Linear(hidden, 10))
+    net.input_shape = (784,)
+    return net.eval()
+
+
 def transformer(classes: int = 6) -> nn.Module:
     """A vision transformer of timm's on inputs [3, 32, 32]."""
+    import timm
+
     torch.manual_seed(3)
     net = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=classes

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from ray.cluster_utils import Cluster
 
@@ -55,11 +56,12 @@ def chaos(
     """Embed twelve models under fire; exit code 1 if anything was lost."""
     out.mkdir(parents=True)
     moments = random.Random(seed)
+    torch.set_num_threads(1)  # the cluster needs the others
+    # With weights that nobody trained, a ResNet's classes are found with many steps only.
+    trained = {"resnet20": networks.load("resnet20-digits", out).model.state_dict()}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
     company = Company(out.absolute(), cluster)
-    # With weights that nobody trained, a ResNet's classes are found with many steps only.
-    trained = {"resnet20": networks.load("resnet20-digits", out).model.state_dict()}
     rows = [
         row
         for name, arch in ARCHITECTURES.items()
