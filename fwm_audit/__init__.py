@@ -13,6 +13,7 @@ The data flow, and the modules in the order in which it passes them:
         datasheet      simulated edits -> detection shares
         yin2022        the published method, for comparison
         triggers       the trigger set in memory and in its sealed form
+        task           what is asked of an embedding, what it tells, what it published
         peers          the processes that share the work of one embedding
         train          all of this as a Ray Train run
         releases       many models -> as many runs, several at a time
@@ -30,7 +31,7 @@ The data flow, and the modules in the order in which it passes them:
 
     errors       every finding, with its stable code
 
-A module imports only from its own row or one above: pure (errors, key, catalog, verdict, records),
+A module imports only from its own row or one above: pure (errors, key, catalog, verdict, records, task),
 torch (triggers to verification, architectures), io (storage, checkpoint), check, Ray (fleet, releases, train).
 """
 

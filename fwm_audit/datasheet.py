@@ -18,8 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fwm_audit import generator as gen
 from fwm_audit.key import SecretKey
-from fwm_audit.peers import Peers, Progress, Report
+from fwm_audit.peers import Peers
 from fwm_audit.target import Target
+from fwm_audit.task import Progress, Report
 from fwm_audit.triggers import TriggerSet
 from fwm_audit.verification import ask, breaks, forget
 

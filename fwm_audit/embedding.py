@@ -29,8 +29,9 @@ from fwm_audit.datasheet import simulate
 from fwm_audit.errors import EmbeddingError, ErrorCode, ModelError, UsageError
 from fwm_audit.key import SecretKey
 from fwm_audit.pairs import Pairs, centre, place_exact, refine, train
-from fwm_audit.peers import MOST_WORKERS, UNIT, Keeper, Peers, Progress, Report
+from fwm_audit.peers import UNIT, Keeper, Peers
 from fwm_audit.target import Target
+from fwm_audit.task import MOST_WORKERS, Progress, Report
 from fwm_audit.triggers import FOLDED, Coverage, Rung, TriggerSet, place
 from fwm_audit.verdict import Tolerance, upper_rate
 from fwm_audit.verification import device_of, dtype_of

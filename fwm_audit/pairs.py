@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fwm_audit.errors import EmbeddingError, ErrorCode
-from fwm_audit.peers import Peers, Progress, Report
+from fwm_audit.peers import Peers
 from fwm_audit.target import Target, gap_and_lead
+from fwm_audit.task import Progress, Report
 from fwm_audit.triggers import place, quantise
 from fwm_audit.verification import ask
 from fwm_audit.waking import Waking

@@ -1,4 +1,4 @@
-"""The processes that share one embedding, and how they tell what they are doing."""
+"""The processes that share one embedding."""
 
 from __future__ import annotations
 
@@ -16,21 +16,6 @@ T = TypeVar("T")
 
 #: Pairs in a unit of work, which one rank does at a time: bounds memory, and is the same for any number of ranks.
 UNIT: Final = 4
-#: Ranks that find work in a block of pairs of a usual key.
-MOST_WORKERS: Final = 6
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """One step of an embedding: its stage, how far that is, and the generator's loss where it trains."""
-
-    stage: str
-    done: int
-    total: int
-    loss: float | None = None
-
-
-Report = Callable[[Progress], None]
 
 
 class Keeper(Protocol):

@@ -23,9 +23,10 @@ import ray
 import ray.autoscaler.sdk
 from ray.exceptions import RayError, RayTaskError
 
-from fwm_audit.errors import ErrorCode, FwmError, UsageError
-from fwm_audit.peers import MOST_WORKERS, Progress
-from fwm_audit.train import Embedded, EmbedTask, look_up, train_model
+from fwm_audit import storage
+from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
+from fwm_audit.key import MasterSecret, key_name
+from fwm_audit.task import MOST_WORKERS, Embedded, EmbedTask, Progress
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,43 @@ class Board:
         return self._findings.get(model_id)
 
 
+def check_run_storage(uri: str) -> None:
+    """Make sure that runs can keep their state under a URI, before anything is computed for it.
+
+    Raises:
+        UsageError: They cannot.
+    """
+    probe = storage.join(uri, f"fwm-embed-probe-{uuid.uuid4().hex}")
+    try:
+        storage.replace(probe, b"")
+        storage.remove(probe)
+    except StorageError as error:
+        raise UsageError(f"--storage has to take what unfinished runs keep, and does not: {error.message}") from None
+
+
+def look_up(task: EmbedTask) -> tuple[str, Embedded | None]:
+    """Id of the key that a task makes, and what was published under that id before, if anything.
+
+    Raises:
+        FwmError: The checkpoint or a key cannot be read.
+        UsageError: The master secret cannot be read here.
+    """
+    master = MasterSecret.from_file(task.master_key_file)
+    digest = task.sha256
+    if digest is None:
+        with storage.fetch(task.checkpoint, base=task.base) as fetched:
+            digest = fetched.sha256
+    key_id = task.secret(master, digest).key_id
+    uri = storage.join(task.keys, key_name(task.model_id, key_id))
+    if not storage.exists(uri):
+        return key_id, None
+    # Here and below, as a night on which nothing is new needs no torch: it takes seconds to import.
+    from fwm_audit.triggers import TriggerSet  # noqa: PLC0415
+
+    sealed = storage.read(uri)
+    return key_id, Embedded.of(TriggerSet.unseal(sealed, master), sealed, before=True)
+
+
 def watermark(
     tasks: Sequence[EmbedTask],
     *,
@@ -113,6 +151,8 @@ def watermark(
             yield tasks[number], found
     if not ids:
         return
+    from fwm_audit.train import train_model  # noqa: PLC0415
+
     if run_storage is None and sum(node["Alive"] for node in ray.nodes()) > 1:
         raise UsageError(
             "the cluster has several nodes: name a --storage that all of them reach, as in s3://acme/train"

@@ -213,6 +213,17 @@ def replace(uri: str, data: bytes) -> None:
             os.replace(source, name, dst_dir_fd=folder)
 
 
+def remove(uri: str) -> None:
+    """Delete an object, or everything below a prefix.
+
+    Raises:
+        StorageError: There is nothing of this name, or it cannot be deleted.
+    """
+    with _explained(uri):
+        fs, path = fsspec.url_to_fs(uri) if _local_path(uri) is not None else _remote(uri)
+        fs.rm(path, recursive=True)
+
+
 def update(uri: str, change: Callable[[bytes | None], bytes]) -> None:
     """Replace an object by what `change` makes of it; nobody else's update in between is lost.
 

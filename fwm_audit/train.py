@@ -12,10 +12,8 @@ import json
 import logging
 import os
 import re
-import secrets
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,8 +39,9 @@ from fwm_audit.errors import (
     StorageError,
     UsageError,
 )
-from fwm_audit.key import MasterSecret, SecretKey, fingerprint, key_name, read_header
-from fwm_audit.peers import Peers, Progress
+from fwm_audit.key import MasterSecret, key_name, read_header
+from fwm_audit.peers import Peers
+from fwm_audit.task import Embedded, EmbedTask, Progress
 from fwm_audit.triggers import TriggerSet
 from fwm_audit.verdict import Verdict
 from fwm_audit.verification import verify_copy
@@ -54,113 +53,6 @@ _FAILED: Final = "failed"
 #: Times that a run starts its workers again after one of them, or its node, died.
 _RESTARTS: Final = 5
 _STATE: Final = "search.sealed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmbedTask:
-    """One model to watermark: references and settings, no secret.
-
-    Attributes:
-        checkpoint: URI of the released checkpoint; only read.
-        keys: URI under which the sealed key is published.
-        input_shape: Shape of one input; None takes what the architecture states.
-        base: Folder against which relative local URIs are resolved.
-        generation: 1, or more for a further key of the same model beside the first.
-        sha256: Digest that the checkpoint has to have, if that is known.
-        master_key_file: Path of the master secret on the workers; None takes FWM_MASTER_KEY_FILE.
-        board: Name of the Ray actor that is told of progress, if any.
-    """
-
-    model_id: str
-    checkpoint: str
-    arch: str
-    keys: str
-    base: str
-    method: str = "mirror"
-    pairs: int = 16
-    coverage: float | None = None
-    variants: tuple[str, ...] = ()
-    input_shape: tuple[int, ...] | None = None
-    input_range: tuple[float, float] = (-1.0, 1.0)
-    generation: int = 1
-    sha256: str | None = None
-    allowed_factories: tuple[str, ...] = ()
-    master_key_file: str | None = None
-    board: str | None = None
-
-    def settings(self) -> str:
-        """JSON of what shapes the triggers, apart from model and secret."""
-        names = ["arch", "method", "pairs", "coverage", "variants", "input_shape", "input_range"]
-        if self.generation > 1:  # keys of the first generation keep their names
-            names.append("generation")
-        return json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)
-
-    def secret(self, master: MasterSecret, digest: str) -> SecretKey:
-        """The secret key of this model under these settings."""
-        return master.secret_key(self.model_id, digest, self.settings())
-
-
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """What was published: no secret in it.
-
-    Attributes:
-        arithmetic: `float64`, or `float32` where the model casts to that inside and is checked more coarsely.
-        datasheet: By simulated edit, [detected, tried].
-        before: Whether an earlier embedding published it.
-    """
-
-    model_id: str
-    key_id: str
-    fingerprint: str
-    pairs: int
-    coverage: float
-    delta: float
-    noise: float
-    checkpoint_sha256: str
-    key_bytes: int
-    arithmetic: str
-    datasheet: dict[str, list[int]]
-    before: bool = False
-
-    @classmethod
-    def of(cls, triggers: TriggerSet, sealed: bytes, *, before: bool) -> Embedded:
-        """The public facts of a sealed key."""
-        exact = triggers.rungs[0]
-        return cls(
-            model_id=triggers.model_id,
-            key_id=triggers.key_id,
-            fingerprint=fingerprint(sealed),
-            pairs=triggers.pairs,
-            coverage=triggers.coverage.total,
-            delta=exact.delta,
-            noise=exact.noise,
-            checkpoint_sha256=triggers.checkpoint_sha256,
-            key_bytes=len(sealed),
-            arithmetic=triggers.arithmetic,
-            datasheet={edit: [seen, tries] for edit, (seen, tries) in triggers.datasheet.items()},
-            before=before,
-        )
-
-
-def look_up(task: EmbedTask) -> tuple[str, Embedded | None]:
-    """Id of the key that a task makes, and what was published under that id before, if anything.
-
-    Raises:
-        FwmError: The checkpoint or a key cannot be read.
-        UsageError: The master secret cannot be read here.
-    """
-    master = MasterSecret.from_file(task.master_key_file)
-    digest = task.sha256
-    if digest is None:
-        with storage.fetch(task.checkpoint, base=task.base) as fetched:
-            digest = fetched.sha256
-    key_id = task.secret(master, digest).key_id
-    uri = storage.join(task.keys, key_name(task.model_id, key_id))
-    if not storage.exists(uri):
-        return key_id, None
-    sealed = storage.read(uri)
-    return key_id, Embedded.of(TriggerSet.unseal(sealed, master), sealed, before=True)
 
 
 def embed_model(task: EmbedTask) -> Embedded:
@@ -273,7 +165,7 @@ def train_model(task: EmbedTask, key_id: str, *, workers: int, gpu: bool, run_st
         code, message = metrics[_FAILED]
         raise FwmError(ErrorCode(code), message) if code else UsageError(message)
     if run_storage is not None:
-        _remove(run_storage, _run_name(task, key_id))
+        _forget(storage.join(run_storage, _run_name(task, key_id)))
     return Embedded(**{field.name: metrics[field.name] for field in dataclasses.fields(Embedded)})
 
 
@@ -371,27 +263,12 @@ def _run_storage(uri: str | None, local: str) -> tuple[str, pyarrow.fs.FileSyste
     return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
 
 
-def check_run_storage(uri: str) -> None:
-    """Make sure that runs can keep their state under a URI, before anything is computed for it.
-
-    Raises:
-        UsageError: They cannot.
-    """
-    probe = f"fwm-embed-probe-{secrets.token_hex(8)}"
+def _forget(uri: str) -> None:
+    """Delete what a finished run kept: its key is published, and nothing goes on from there."""
     try:
-        storage.replace(storage.join(uri, probe), b"")
-    except StorageError as error:
-        raise UsageError(f"--storage has to take what unfinished runs keep, and does not: {error.message}") from None
-    _remove(uri, probe)
-
-
-def _remove(uri: str, name: str) -> None:
-    """Delete what a run kept: its key is published, and nothing goes on from there."""
-    filesystem, path = fsspec.url_to_fs(uri)
-    try:
-        filesystem.rm(f"{path.rstrip('/')}/{name}", recursive=True)
-    except Exception as error:  # noqa: BLE001 - litter at worst, whatever a store answers
-        log.warning("%s, which is done with, could not be removed from %s: %s", name, uri, error)
+        storage.remove(uri)
+    except StorageError as error:  # litter at worst
+        log.warning("what a finished run kept could not be removed: %s", error.message)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -20,8 +20,8 @@ from torch.nn import functional
 from fwm_audit.errors import EmbeddingError, ErrorCode, UsageError
 from fwm_audit.generator import normal
 from fwm_audit.key import SecretKey
-from fwm_audit.peers import Progress, Report
 from fwm_audit.target import Target
+from fwm_audit.task import Progress, Report
 from fwm_audit.verification import ask
 
 COUNT: Final = 100

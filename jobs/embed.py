@@ -16,9 +16,8 @@ from fwm_audit import storage
 from fwm_audit.catalog import CatalogEntry, add_entries, check_model_id, read_catalog
 from fwm_audit.errors import ErrorCode, FwmError, UsageError
 from fwm_audit.key import MasterSecret
-from fwm_audit.peers import Progress
-from fwm_audit.releases import Failed, watermark
-from fwm_audit.train import Embedded, EmbedTask, check_run_storage
+from fwm_audit.releases import Failed, check_run_storage, watermark
+from fwm_audit.task import Embedded, EmbedTask, Progress
 from jobs import _cli
 
 _LOG_EVERY_S = 15.0

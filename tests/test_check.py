@@ -20,7 +20,8 @@ from fwm_audit.check import Auditor
 from fwm_audit.errors import ErrorCode, UsageError
 from fwm_audit.key import MasterSecret, fingerprint, key_name, retirement_name
 from fwm_audit.records import AuditSettings
-from fwm_audit.train import EmbedTask, embed_model
+from fwm_audit.task import EmbedTask
+from fwm_audit.train import embed_model
 from fwm_audit.triggers import TriggerSet
 from fwm_audit.verdict import Tolerance
 

@@ -498,9 +498,10 @@ def test_exit_codes(intact, tampered, error, code):
 
 
 def test_the_driver_stays_small():
-    """The driver loads neither torch (400 MB) nor the parts of Ray that need pandas."""
+    """Drivers load neither torch (400 MB) nor the parts of Ray that need pandas, one that embeds only if it has to."""
     heavy = {"torch", "pandas", "ray.train", "ray.data"}
-    code = f"import sys; import jobs.audit, jobs.catalog; print(sorted({heavy!r} & set(sys.modules)))"
+    jobs = "jobs.audit, jobs.catalog, jobs.embed, jobs.keys"
+    code = f"import sys; import {jobs}; print(sorted({heavy!r} & set(sys.modules)))"
     root = Path(__file__).resolve().parent.parent
     answer = subprocess.run(
         [sys.executable, "-c", code],

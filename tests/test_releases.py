@@ -21,7 +21,7 @@ from fwm_audit import releases, storage
 from fwm_audit.catalog import read_catalog
 from fwm_audit.errors import UsageError
 from fwm_audit.key import MasterSecret
-from fwm_audit.train import EmbedTask
+from fwm_audit.task import EmbedTask
 from tests.company import CONVNET as ARCH
 from tests.company import Company
 

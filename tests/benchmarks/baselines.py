@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from fwm_audit import MasterSecret, SecretKey, TriggerSet, embed, verify, yin2022
 from fwm_audit.errors import EmbeddingError, ErrorCode, ModelError
 from fwm_audit.generator import normal
-from fwm_audit.peers import Progress
 from fwm_audit.target import Target
+from fwm_audit.task import Progress
 from fwm_audit.verification import breaks, float64_copy
 from tests.benchmarks.edits import POPULATIONS, Edited, generator, population, single_changes
 from tests.benchmarks.networks import Network
