@@ -273,7 +273,7 @@ def _failed(task: EmbedTask, error: BaseException) -> Failed:
         return Failed(task.model_id, finding.code, finding.message)
     if isinstance(finding, UsageError):
         return Failed(task.model_id, ErrorCode.SETTINGS, str(finding))
-    ends = [finding, *getattr(finding, "worker_failures", {}).values()]
+    ends = [finding, getattr(finding, "controller_failure", None), *getattr(finding, "worker_failures", {}).values()]
     if any(isinstance(end, RayError) and not isinstance(end, RayTaskError) for end in ends):
         message = "its workers died again and again: look at their nodes' memory and at the model"
         return Failed(task.model_id, ErrorCode.WORKER_DIED, message)

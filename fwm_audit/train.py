@@ -22,7 +22,8 @@ import pyarrow.fs
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayActorError
+from ray.train import Checkpoint, CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from fwm_audit import storage
@@ -157,7 +158,7 @@ def train_model(task: EmbedTask, key_id: str, *, workers: int, gpu: bool, run_st
             ),
         )
         try:
-            result = trainer.fit()
+            result = _fit(trainer, task.model_id)
         except Exception as error:  # noqa: BLE001 - raised again, as the worker's own finding if it is one
             raise _cause(error) from None
     metrics = result.metrics or {}
@@ -167,6 +168,22 @@ def train_model(task: EmbedTask, key_id: str, *, workers: int, gpu: bool, run_st
     if run_storage is not None:
         _forget(storage.join(run_storage, _run_name(task, key_id)))
     return Embedded(**{field.name: metrics[field.name] for field in dataclasses.fields(Embedded)})
+
+
+def _fit(trainer: TorchTrainer, model_id: str) -> ray.train.Result:
+    """The result of a run, begun again under its name where Ray Train's controller gave up.
+
+    Ray Train 2.60 counts the death of a worker among its retries, but for one between the start of
+    its group and that of its loop: that ends the controller.
+    """
+    for _ in range(_RESTARTS):
+        try:
+            return trainer.fit()
+        except ControllerError as error:
+            if not isinstance(error.controller_failure, RayActorError):
+                raise
+        log.warning("%s: a worker died while its group was started; the run goes on", model_id)
+    return trainer.fit()
 
 
 def _train_loop(config: dict[str, Any]) -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.exceptions import ActorDiedError
+from ray.train import ControllerError
 
-from fwm_audit import releases, storage
+from fwm_audit import releases, storage, train
 from fwm_audit.catalog import read_catalog
 from fwm_audit.errors import UsageError
 from fwm_audit.key import MasterSecret
@@ -199,6 +201,32 @@ def test_a_cluster_without_room_is_waited_for(cluster):
     finally:
         ray.shutdown()
     cluster.remove_node(node)
+
+
+class Trainer:
+    """Ray Train's trainer, whose runs end as told."""
+
+    def __init__(self, *ends):
+        self.ends = list(ends)
+
+    def fit(self):
+        end = self.ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+def test_a_worker_that_dies_while_its_group_starts_costs_an_attempt_and_no_more():
+    died = ControllerError(ActorDiedError())
+    assert train._fit(Trainer(died, died, "result"), "m") == "result"
+    endless = Trainer(*[died] * 20)
+    with pytest.raises(ControllerError) as caught:
+        train._fit(endless, "m")
+    assert len(endless.ends) == 20 - 1 - train._RESTARTS
+    failed = releases._failed(EmbedTask(model_id="m", checkpoint="c", arch=ARCH, keys="k", base="/"), caught.value)
+    assert failed.code == "worker_died"
+    with pytest.raises(ControllerError):
+        train._fit(Trainer(ControllerError(ValueError("a bug")), "result"), "m")
 
 
 # ------------------------------------------------------------------------------------------- keys in use
