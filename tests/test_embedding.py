@@ -374,12 +374,34 @@ def assert_same(found, expected):
 SHARED = {"pairs": 12, "variants": ["float16"]}
 
 
-def embed_with_peers(rank, size, folder):
-    """One rank of a group, in a process of its own."""
+def group(rank, size, folder):
+    """What one rank of a group leaves in its files, in a process of its own."""
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / f"store-{size}"), size)
+    store = torch.distributed.FileStore(str(folder / "store"), size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    embedded(nets.convnet(), **SHARED).save(folder / f"{size}-{rank}.fwmkey", master=MasterSecret(bytes(range(32))))
+    torch.save([sum_of_units(Peers.current(), count) for count in COUNTS], folder / f"{rank}.pt")
+    embedded(nets.convnet(), **SHARED).save(folder / f"{rank}.fwmkey", master=MasterSecret(bytes(range(32))))
+
+
+def units(count):
+    return torch.randn(count, 1000, generator=torch.Generator().manual_seed(count))
+
+
+def sum_of_units(peers, count):
+    values = list(units(count))
+    return peers.total(peers.share(values), count, values[0])
+
+
+COUNTS = range(1, 8)
+RANKS = 3  # one of them has less to do than the others
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    """The folder of a group's files."""
+    folder = tmp_path_factory.mktemp("group")
+    torch.multiprocessing.spawn(group, (RANKS, folder), nprocs=RANKS)
+    return folder
 
 
 @pytest.fixture
@@ -391,43 +413,24 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("_one_thread")
-def sums_with_peers(rank, size, folder):
-    store = torch.distributed.FileStore(str(folder / "sums"), size)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    peers = Peers.current()
-    torch.save([sum_of_units(peers, count) for count in range(1, 8)], folder / f"sums-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def sum_of_units(peers, count):
-    values = list(torch.randn(count, 1000, generator=torch.Generator().manual_seed(count)))
-    return peers.total(peers.share(values), count, values[0])
-
-
-def test_any_number_of_ranks_adds_in_the_same_order(tmp_path):
-    size = 3
-    torch.multiprocessing.spawn(sums_with_peers, (size, tmp_path), nprocs=size)
-    for count in range(1, 8):
-        values = torch.randn(count, 1000, generator=torch.Generator().manual_seed(count))
-        expected = torch.zeros(1000)
-        for value in values:
+def test_any_number_of_ranks_adds_in_the_same_order(grouped):
+    for count in COUNTS:
+        expected, backwards = torch.zeros(1000), torch.zeros(1000)
+        for value in units(count):
             expected += value
-        backwards = torch.zeros(1000)
-        for value in values.flip(0):
+        for value in units(count).flip(0):
             backwards += value
         assert count < 3 or not torch.equal(expected, backwards)  # the order shows
         assert torch.equal(sum_of_units(Peers(0, 1), count), expected)
-        for rank in range(size):
-            assert torch.equal(torch.load(tmp_path / f"sums-{rank}.pt")[count - 1], expected)
+        for rank in range(RANKS):
+            assert torch.equal(torch.load(grouped / f"{rank}.pt")[count - 1], expected)
 
 
-def test_any_number_of_ranks_makes_the_same_key(tmp_path):
-    size = 3  # one of them has less to do than the others
+@pytest.mark.usefixtures("_one_thread")
+def test_any_number_of_ranks_makes_the_same_key(grouped):
     alone = embedded(nets.convnet(), **SHARED)
-    torch.multiprocessing.spawn(embed_with_peers, (size, tmp_path), nprocs=size)
-    for rank in range(size):
-        assert_same(TriggerSet.load(tmp_path / f"{size}-{rank}.fwmkey", master=MasterSecret(bytes(range(32)))), alone)
+    for rank in range(RANKS):
+        assert_same(TriggerSet.load(grouped / f"{rank}.fwmkey", master=MasterSecret(bytes(range(32)))), alone)
 
 
 def test_a_large_key_gives_up_dead_units_and_tells_the_distance_by_few_pairs(monkeypatch):
