@@ -28,11 +28,13 @@ The data flow, and the modules in the order in which it passes them:
         check          one entry -> one record
         records        the Parquet schema and a run's files
         fleet          many entries -> exactly as many records, through Ray actors
+        compaction     many small parts -> one file for each day
 
     errors       every finding, with its stable code
 
 A module imports only from its own row or one above: pure (errors, key, catalog, verdict, records, task),
-torch (triggers to verification, architectures), io (storage, checkpoint), check, Ray (fleet, releases, train).
+torch (triggers to verification, architectures), io (storage, checkpoint, compaction), check, Ray (fleet, releases,
+train).
 """
 
 from __future__ import annotations

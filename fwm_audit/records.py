@@ -7,6 +7,8 @@ triggers are never among them.
     <out>/runs/<run_id>/run.json                                    written first
     <out>/audits/run_date=YYYY-MM-DD/<run_id>-<shard>.parquet       once each, never rewritten
     <out>/runs/<run_id>/manifest.json                               written last: its existence means complete
+
+`compaction` makes larger files of them, beside them.
 """
 
 from __future__ import annotations
@@ -216,8 +218,13 @@ def _printable(text: str) -> str:
 def to_parquet(records: Sequence[AuditRecord]) -> bytes:
     """One Parquet file (zstd) with `SCHEMA`, rows in the given order."""
     rows = [{name: getattr(record, name) for name in SCHEMA.names} for record in records]
+    return table_to_parquet(pa.Table.from_pylist(rows, SCHEMA))
+
+
+def table_to_parquet(table: pa.Table) -> bytes:
+    """One Parquet file (zstd) of a table of records."""
     sink = io.BytesIO()
-    pa.parquet.write_table(pa.Table.from_pylist(rows, SCHEMA), sink, compression="zstd")
+    pa.parquet.write_table(table, sink, compression="zstd")
     return sink.getvalue()
 
 

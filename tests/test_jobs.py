@@ -227,7 +227,7 @@ def test_a_run_storage_that_refuses_writes_is_told_before_anything_is_computed(s
         assert storage.listing(f"{s3}/train") == []
 
 
-@pytest.mark.parametrize("name", ["embed", "audit", "catalog"])
+@pytest.mark.parametrize("name", ["embed", "audit", "catalog", "compact"])
 def test_help_shows_examples(name):
     done = subprocess.run([sys.executable, "-m", f"jobs.{name}", "--help"], capture_output=True, text=True, check=True)
     assert "Examples:" in done.stdout

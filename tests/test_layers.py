@@ -30,7 +30,7 @@ ROWS = {
         ),
         *("verification", "waking", "yin2022"),
     },
-    "io": {"storage", "checkpoint"},
+    "io": {"storage", "checkpoint", "compaction"},
     "check": {"check"},
     "ray": {"fleet", "releases", "train"},
 }

@@ -1,0 +1,95 @@
+"""Many small parts -> one file for each day, beside them.
+
+A run writes a part for every 64 models, which queries over a year feel. What is compacted are copies of the
+parts of complete runs, compared with their manifests on the way; the parts stay, as the evidence that they are.
+
+    <out>/compacted/run_date=YYYY-MM-DD/audits.parquet       create-only
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Final
+
+import pyarrow as pa
+
+from fwm_audit import storage
+from fwm_audit.errors import ErrorCode, StorageError, UsageError
+from fwm_audit.records import from_parquet, run_path, table_to_parquet
+
+log = logging.getLogger(__name__)
+
+_THREADS: Final = 16
+_PART: Final = re.compile(r"/audits/run_date=(\d{4}-\d\d-\d\d)/(.+)-\d+\.parquet$")
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """What became of one day: the rows and parts of the file written, none where it was there before.
+
+    `incomplete` is a run that was not finished, on whose account there is no file.
+    """
+
+    day: date
+    rows: int = 0
+    parts: int = 0
+    incomplete: str | None = None
+
+
+def compact(out: str, until: date | None = None) -> Iterator[Day]:
+    """Write the file of each day that has none yet, the oldest first.
+
+    Args:
+        out: URI prefix that holds runs/ and audits/.
+        until: The last day; None is yesterday. Today's runs are still to come.
+
+    Raises:
+        StorageError: The store cannot be read or written.
+        UsageError: A part is not what its run's manifest says, or the last day is not over.
+    """
+    today = datetime.now(UTC).date()
+    out = storage.absolute(out)
+    if until is not None and until >= today:
+        raise UsageError(f"{until} is not over: runs may still be added to it")
+    runs: dict[date, set[str]] = {}
+    for item in storage.listing(storage.join(out, "audits")):
+        if (name := _PART.search(item.uri)) is not None:
+            runs.setdefault(date.fromisoformat(name[1]), set()).add(name[2])
+    for day in sorted(runs):
+        if day < today and (until is None or day <= until):
+            yield _compact_day(out, day, sorted(runs[day]))
+
+
+def _compact_day(out: str, day: date, runs: list[str]) -> Day:
+    uri = storage.join(out, "compacted", f"run_date={day}", "audits.parquet")
+    if storage.exists(uri):
+        return Day(day)
+    files = []
+    for run_id in runs:
+        try:
+            manifest = json.loads(storage.read(storage.join(out, run_path(run_id, "manifest.json"))))
+        except StorageError as error:
+            if error.code is not ErrorCode.OBJECT_MISSING:
+                raise
+            return Day(day, incomplete=run_id)
+        files += manifest["files"]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        tables = list(pool.map(lambda file: _checked(out, file), files))
+    table = pa.concat_tables(tables, promote_options="default")
+    storage.create(uri, table_to_parquet(table))
+    return Day(day, table.num_rows, len(files))
+
+
+def _checked(out: str, file: dict[str, str | int]) -> pa.Table:
+    """The table of a part that is what the manifest says."""
+    data = storage.read(storage.join(out, str(file["path"])))
+    if hashlib.sha256(data).hexdigest() != file["sha256"]:
+        raise UsageError(f"{file['path']} is not what its run wrote: find out who changed it")
+    return from_parquet(data)
