@@ -181,13 +181,18 @@ class AuditWorker:
         torch.set_num_threads(max(1, int(cpus)))
         self._auditor = Auditor(self._settings, f"{socket.gethostname()}:{os.getpid()}")
 
-    def audit(self, entry: CatalogEntry, *, shard: int, attempt: int, ahead: CatalogEntry | None = None) -> AuditRecord:
-        """The record of one entry; whatever is wrong with the model is in the record.
-
-        `ahead` is probably the next one: its file may be fetched meanwhile.
-        """
+    def audit(
+        self,
+        entry: CatalogEntry,
+        *,
+        shard: int,
+        attempt: int,
+        ahead: CatalogEntry | None = None,
+        before: AuditRecord | None = None,
+    ) -> AuditRecord:
+        """As `Auditor.audit`."""
         assert self._auditor is not None
-        return self._auditor.audit(entry, shard=shard, attempt=attempt, ahead=ahead)
+        return self._auditor.audit(entry, shard=shard, attempt=attempt, ahead=ahead, before=before)
 
 
 def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[AuditWorker] = AuditWorker) -> Summary:

@@ -125,6 +125,11 @@ def test_embed_catalog_and_audit_on_s3(s3, secret):
     assert master not in everything
     assert bytes.fromhex(master).decode("latin1") not in everything + key.decode("latin1")
 
+    storage.replace(f"{fleet}/team/conv.safetensors", save(edited))
+    night = ["second-night" if argument == "night" else argument for argument in audit]
+    code, second, said = job(*night, "--incremental", environment=environment)
+    assert (code, second["carried"], second["intact"], second["tampered"], second["error"]) == (1, 2, 2, 2, 4), said
+
 
 def _readable_everywhere(audits, expected):
     """One glob, three engines, the same rows and the explicit schema."""
