@@ -58,6 +58,9 @@ tests/benchmarks/results is such a FOLDER: other methods and networks may be add
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 log = logging.getLogger("evidence")
 
+#: Images on which an edit that nobody noticed is compared.
+_PLAIN = 32
+
 SCHEMA = pa.schema(
     [
         ("network", pa.string()),
@@ -83,6 +86,7 @@ SCHEMA = pa.schema(
         ("predicted", pa.float64()),
         ("miss", pa.string()),
         ("moved", pa.float64()),
+        ("plain_moved", pa.float64()),
         ("delta", pa.float64()),
     ]
 )
@@ -213,7 +217,7 @@ def _try(task: Task, network: Network, methods: Methods, wanted: set[str]) -> It
                 yield asdict(seen) | {"edit": task.item.name, "family": "benign", "required": False}
         return
     for model, edited in edited_states(task.item, network, task.seed):
-        seen_by = methods.check(model, wanted)
+        seen_by = list(methods.check(model, wanted))
         state = (
             asdict(edited)
             | {
@@ -224,12 +228,22 @@ def _try(task: Task, network: Network, methods: Methods, wanted: set[str]) -> It
             | ({"predicted": methods.predicted(network, edited), "delta": methods.delta} if methods.mirror else {})
         )
         del state["name"]
+        if edited.required and not any(seen.detected for seen in seen_by):
+            state["plain_moved"] = moved_by(network, model)
         for seen in seen_by:
             why = {}
             if seen.method == "mirror" and not seen.detected:
                 missed = methods.explain(model)
                 why = {"miss": missed.reason, "moved": missed.moved}
             yield asdict(seen) | state | why
+
+
+def moved_by(network: Network, model: nn.Module) -> float:
+    """Largest change of a float64 logit of plain images by an edit; 0 is an edit that left the function as it was."""
+    inputs = network.test_images[:_PLAIN].double()
+    with torch.inference_mode():
+        before, after = (copy.deepcopy(each).double().eval()(inputs) for each in (network.model, model))
+    return (after - before).abs().max().item()
 
 
 def check_permutation(network: Network) -> None:
@@ -373,6 +387,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
                 extra["changed_share"] = row["changed"] / row["triggers"] if row["changed"] is not None else None
                 rows.append({name: (row | extra).get(name) for name in SCHEMA.names})
     here = {tuple(row[name] for name in _IDENTITY) for row in rows}
+    taken = [{name: row.get(name) for name in SCHEMA.names} for row in taken]
     return [row for row in taken if tuple(row[name] for name in _IDENTITY) not in here] + rows
 
 
@@ -408,7 +423,8 @@ def markdown(described: list[dict[str, Any]], rows: dict[str, list[dict[str, Any
     yield "its generator takes 5e12 operations for a step of 100. On large networks the baselines take part in fewer"
     yield "tries. On EfficientNet-Lite0 a check ends at the first changed label; on `-500-pairs`, where only the last"
     yield "layer is edited, its inputs are computed once in float64."
-    yield "Tries whose edit changed no bit of any parameter or buffer (steps below float32's resolution) are left out."
+    yield "Tries whose edit changed no bit of any parameter or buffer (steps below float32's resolution) are left out,"
+    yield f"and those that nobody noticed and that moved no float64 logit of {_PLAIN} images (weights of dead units)."
     yield "In train mode a step also moves the running statistics of batch norm, by a tenth for most networks here."
     yield "Pruning and int8 take every weight tensor for seed 0 and a random half of them for the other seeds."
     yield ""
@@ -454,7 +470,7 @@ def _short(described: list[dict[str, Any]], rows: dict[str, list[dict[str, Any]]
 
 
 def _short_row(network: dict[str, Any], methods: list[str], rows: list[dict[str, Any]]) -> list[str]:
-    edits = [row for row in rows if row["kind"] == "edit" and row["elements_changed"]]
+    edits = _edits(rows)
     cells = [network["name"], str(network["pairs"])]
     for method in methods:
         mine = [row["detected"] for row in edits if row["required"] and row["method"] == method]
@@ -473,10 +489,15 @@ def _short_row(network: dict[str, Any], methods: list[str], rows: list[dict[str,
     return cells
 
 
+def _edits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that changed something: a bit, and the function."""
+    return [row for row in rows if row["kind"] == "edit" and row["elements_changed"] and row["plain_moved"] != 0]
+
+
 def _network_section(network: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[str]:
     methods = network["methods"]
     tried = len({(row["kind"], row["edit"], row["seed"]) for row in rows})
-    edits = [row for row in rows if row["kind"] == "edit" and row["elements_changed"]]
+    edits = _edits(rows)
     nothing = Counter(
         row["edit"]
         for row in rows
@@ -494,6 +515,11 @@ def _network_section(network: dict[str, Any], rows: list[dict[str, Any]]) -> Ite
     yield from _table(["edit", *methods], _detection_rows(edits, methods))
     if nothing:
         yield "No bit changed, left out: " + ", ".join(f"{edit} ({count})" for edit, count in nothing.items()) + "."
+    same = Counter(row["edit"] for row in rows if row["plain_moved"] == 0 and row["method"] == "mirror")
+    if same:
+        yield f"Weights changed, but no float64 logit of {_PLAIN} images nor of any trigger, left out: " + (
+            ", ".join(f"{edit} ({count})" for edit, count in same.items()) + "."
+        )
     if errors := Counter((row["edit"], row["method"]) for row in edits if row["error"]):
         mirror = sum(count for (_, method), count in errors.items() if method == "mirror")
         yield f"Answers that were not finite, counted as detected: {mirror} for mirror, {sum(errors.values())} in all."

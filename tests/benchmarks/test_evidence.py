@@ -174,6 +174,22 @@ def test_why_an_edit_was_missed(measured, tmp_path):
     assert methods.explain(nudged).reason == "moved more than delta"
 
 
+def test_an_edit_that_left_the_function_alone_is_told_and_left_out(measured):
+    _, network, rows = measured
+    model = copy.deepcopy(network.model)
+    assert evidence.moved_by(network, model) == 0
+    with torch.no_grad():
+        model.get_submodule(network.head).bias[0] += 1e-6
+    assert evidence.moved_by(network, model) > 0
+    row = next(row for row in of(rows, kind="edit", method="mirror", required=True) if row["elements_changed"])
+    idle = row | {"detected": False, "plain_moved": 0.0, "seed": 99}
+    assert evidence._edits([row, idle]) == [row]
+    assert evidence._edits([row | {"detected": False, "plain_moved": 1e-12}])
+    described = evidence.descriptions(measured[0])["slice"]
+    text = "\n".join(evidence._network_section(described, [*rows, idle]))
+    assert f"left out: {row['edit']} (1)." in text
+
+
 def test_the_prediction_for_the_last_bit_is_the_coverage_in_the_key(measured):
     out, network, _ = measured
     methods = baselines.make(network, out / "slice")
