@@ -39,7 +39,7 @@ EACH = 3
 KINDS = ("worker", "node", "driver")
 _EXAMPLES = """\b
 Example:
-  python -m tests.benchmarks.chaos --out chaos-out --kills 10
+  python -m tests.benchmarks.chaos --out chaos-out --pairs 16 --kills 10
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -49,7 +49,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def chaos(
     *,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for models, keys, state and the report.")],
-    kills: Annotated[int, typer.Option(min=1, help="How many, of the three kinds in turn.")] = 10,
+    kills: Annotated[int, typer.Option(min=1, help="How many, of the three kinds in turn.")] = 30,
     pairs: Annotated[int, typer.Option(min=4, help="Mirrored pairs of each model.")] = 24,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
 ) -> None:
