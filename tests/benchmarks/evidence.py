@@ -217,7 +217,7 @@ def _try(task: Task, network: Network, methods: Methods, wanted: set[str]) -> It
                 yield asdict(seen) | {"edit": task.item.name, "family": "benign", "required": False}
         return
     for model, edited in edited_states(task.item, network, task.seed):
-        seen_by = list(methods.check(model, wanted))
+        seen_by = methods.check(model, wanted)
         state = (
             asdict(edited)
             | {
@@ -228,13 +228,13 @@ def _try(task: Task, network: Network, methods: Methods, wanted: set[str]) -> It
             | ({"predicted": methods.predicted(network, edited), "delta": methods.delta} if methods.mirror else {})
         )
         del state["name"]
-        if edited.required and not any(seen.detected for seen in seen_by):
-            state["plain_moved"] = moved_by(network, model)
         for seen in seen_by:
             why = {}
             if seen.method == "mirror" and not seen.detected:
                 missed = methods.explain(model)
                 why = {"miss": missed.reason, "moved": missed.moved}
+                if edited.required:
+                    why["plain_moved"] = moved_by(network, model)
             yield asdict(seen) | state | why
 
 
@@ -424,7 +424,7 @@ def markdown(described: list[dict[str, Any]], rows: dict[str, list[dict[str, Any
     yield "tries. On EfficientNet-Lite0 a check ends at the first changed label; on `-500-pairs`, where only the last"
     yield "layer is edited, its inputs are computed once in float64."
     yield "Tries whose edit changed no bit of any parameter or buffer (steps below float32's resolution) are left out,"
-    yield f"and those that nobody noticed and that moved no float64 logit of {_PLAIN} images (weights of dead units)."
+    yield f"and those that `mirror` missed and that moved no float64 logit of {_PLAIN} images (weights of dead units)."
     yield "In train mode a step also moves the running statistics of batch norm, by a tenth for most networks here."
     yield "Pruning and int8 take every weight tensor for seed 0 and a random half of them for the other seeds."
     yield ""
@@ -491,7 +491,12 @@ def _short_row(network: dict[str, Any], methods: list[str], rows: list[dict[str,
 
 def _edits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those that changed something: a bit, and the function."""
-    return [row for row in rows if row["kind"] == "edit" and row["elements_changed"] and row["plain_moved"] != 0]
+    idle = {_state(row) for row in rows if row["plain_moved"] == 0}
+    return [row for row in rows if row["kind"] == "edit" and row["elements_changed"] and _state(row) not in idle]
+
+
+def _state(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["task"], row["edit"], row["seed"]
 
 
 def _network_section(network: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[str]:
