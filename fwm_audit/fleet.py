@@ -11,6 +11,7 @@ dies: Ray Data drops the row's block or restarts for ever, `ActorPool` forgets w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -303,13 +304,18 @@ def _last_run(plan: Plan, run: Run) -> Run | None:
     """The last complete run before `run` that looked at models as it does, if its audits are not too old."""
     assert plan.job.carry_days is not None
 
+    def described(run_id: str) -> Run | None:
+        with contextlib.suppress(UsageError):  # of another release: nothing of it is carried forward
+            return _stored(plan, run_id)
+        return None
+
     def alike(other: Run) -> bool:
         ours, theirs = ({**one.settings, "catalog": None, "max_age": None} for one in (run, other))
         return ours == theirs and other.code_version == run.code_version and other.started_at < run.started_at
 
     for days in range(math.ceil(plan.job.carry_days) + 1):
         parts = _names_in(plan.locate(f"audits/run_date={run.started_at - timedelta(days=days):%Y-%m-%d}"))
-        others = [_stored(plan, run_id) for run_id in {name.rpartition("-")[0] for name in parts}]
+        others = map(described, {name.rpartition("-")[0] for name in parts})
         found = [other for other in others if other is not None and alike(other)]
         for other in sorted(found, key=lambda other: other.started_at, reverse=True):
             if storage.exists(plan.locate(run_path(other.run_id, "manifest.json"))):

@@ -469,6 +469,12 @@ def test_nothing_is_carried_forward_from_an_incomplete_run(models):
     assert night(models, "two").carried == 0
 
 
+def test_a_run_of_another_release_does_not_stop_the_night(models):
+    night(models, "one")
+    (models.folder / "out/runs/one/run.json").write_text("{}")
+    assert night(models, "two").carried == 0
+
+
 def test_records_that_were_changed_are_not_carried_forward(models):
     """Who can write to the output must not make tampered models intact for a week."""
     night(models, "one")
