@@ -1,4 +1,4 @@
-"""Many small parts -> one file for each day, beside them.
+"""Complete runs as they are stored: read back, and many small parts -> one file for each day, beside them.
 
 A run writes a part for every 64 models, which queries over a year feel. What is compacted are copies of the
 parts of complete runs, compared with their manifests on the way; the parts stay, as the evidence that they are.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +20,8 @@ from typing import Final
 import pyarrow as pa
 
 from fwm_audit import storage
-from fwm_audit.errors import ErrorCode, StorageError, UsageError
+from fwm_audit.errors import UsageError
 from fwm_audit.records import from_parquet, run_path, table_to_parquet
-
-log = logging.getLogger(__name__)
 
 _THREADS: Final = 16
 _PART: Final = re.compile(r"/audits/run_date=(\d{4}-\d\d-\d\d)/(.+)-\d+\.parquet$")
@@ -71,25 +68,29 @@ def _compact_day(out: str, day: date, runs: list[str]) -> Day:
     uri = storage.join(out, "compacted", f"run_date={day}", "audits.parquet")
     if storage.exists(uri):
         return Day(day)
-    files = []
     for run_id in runs:
-        try:
-            manifest = json.loads(storage.read(storage.join(out, run_path(run_id, "manifest.json"))))
-        except StorageError as error:
-            if error.code is not ErrorCode.OBJECT_MISSING:
-                raise
+        if not storage.exists(storage.join(out, run_path(run_id, "manifest.json"))):
             return Day(day, incomplete=run_id)
-        files += manifest["files"]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        tables = list(pool.map(lambda file: _checked(out, file), files))
+    tables = [table for run_id in runs for table in read_run(out, run_id)]
     table = pa.concat_tables(tables, promote_options="default")
     storage.create(uri, table_to_parquet(table))
-    return Day(day, table.num_rows, len(files))
+    return Day(day, table.num_rows, len(tables))
 
 
-def _checked(out: str, file: dict[str, str | int]) -> pa.Table:
-    """The table of a part that is what the manifest says."""
-    data = storage.read(storage.join(out, str(file["path"])))
-    if hashlib.sha256(data).hexdigest() != file["sha256"]:
-        raise UsageError(f"{file['path']} is not what its run wrote: find out who changed it")
-    return from_parquet(data)
+def read_run(out: str, run_id: str) -> list[pa.Table]:
+    """The tables of a complete run's parts, every one of them as its manifest says.
+
+    Raises:
+        StorageError: The manifest or a part cannot be read.
+        UsageError: A part is not what the manifest says.
+    """
+    manifest = json.loads(storage.read(storage.join(out, run_path(run_id, "manifest.json"))))
+
+    def checked(file: dict[str, str]) -> pa.Table:
+        data = storage.read(storage.join(out, file["path"]))
+        if hashlib.sha256(data).hexdigest() != file["sha256"]:
+            raise UsageError(f"{file['path']} is not what run {run_id} wrote: find out who changed it")
+        return from_parquet(data)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(checked, manifest["files"]))

@@ -35,6 +35,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from fwm_audit import __version__, storage
 from fwm_audit.catalog import CatalogEntry, read_catalog
+from fwm_audit.compaction import read_run
 from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
 from fwm_audit.key import fingerprint, key_name
 from fwm_audit.records import (
@@ -182,18 +183,10 @@ class AuditWorker:
         torch.set_num_threads(max(1, int(cpus)))
         self._auditor = Auditor(self._settings, f"{socket.gethostname()}:{os.getpid()}")
 
-    def audit(
-        self,
-        entry: CatalogEntry,
-        *,
-        shard: int,
-        attempt: int,
-        ahead: CatalogEntry | None = None,
-        before: AuditRecord | None = None,
-    ) -> AuditRecord:
+    def audit(self, entry: CatalogEntry, **how: Any) -> AuditRecord:
         """As `Auditor.audit`."""
         assert self._auditor is not None
-        return self._auditor.audit(entry, shard=shard, attempt=attempt, ahead=ahead, before=before)
+        return self._auditor.audit(entry, **how)
 
 
 def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[AuditWorker] = AuditWorker) -> Summary:
@@ -620,18 +613,10 @@ class _Before:
     def __init__(self, plan: Plan) -> None:
         assert plan.before is not None
         assert plan.job.carry_days is not None
-        files = json.loads(storage.read(plan.locate(run_path(plan.before.run_id, "manifest.json"))))["files"]
-        with ThreadPoolExecutor(_IO_THREADS) as pool:
-            parts = list(pool.map(lambda file: storage.read(plan.locate(file["path"])), files))
-        for file, part in zip(files, parts, strict=True):
-            if hashlib.sha256(part).hexdigest() != file["sha256"]:
-                raise UsageError(
-                    f"{file['path']} is not what run {plan.before.run_id} wrote: find out who changed it, "
-                    "and audit without --incremental"
-                )
+        parts = read_run(storage.absolute(plan.job.out), plan.before.run_id)
         oldest = plan.run.started_at - timedelta(days=plan.job.carry_days)
         # One table, of which rows are taken when their turn comes: 100,000 records as objects are 300 MB.
-        self._table = pa.concat_tables(map(from_parquet, parts), promote_options="default")
+        self._table = pa.concat_tables(parts, promote_options="default")
         columns = [self._table[name].to_pylist() for name in ("verdict", "etag", "audited_at", *_SAME)]
         self._rows = {
             tuple(of): row

@@ -75,7 +75,7 @@ def test_a_part_that_was_changed_is_told(tmp_path):
     part = f"{tmp_path}/{run.part(1)}"
     rows = from_parquet(storage.read(part)).to_pylist()
     storage.replace(part, to_parquet([record(uri=row["uri"], matches=1) for row in rows]))
-    with pytest.raises(UsageError, match=r"000001\.parquet is not what its run wrote"):
+    with pytest.raises(UsageError, match=r"000001\.parquet is not what run a wrote"):
         list(compact(str(tmp_path)))
     assert not storage.exists(day_file(tmp_path))
 

@@ -262,7 +262,7 @@ def test_a_missing_part_is_audited_again_and_nothing_else(models):
     after = models.files()
     assert {path: after[path] for path in before} == before
     assert after.keys() - before.keys() == {gone, Path(first.manifest)}
-    assert [row for _, row, _ in models.calls][10:] == ["4", "5", "6", "7"]
+    assert sorted(row for _, row, _ in models.calls[10:]) == ["4", "5", "6", "7"]
 
 
 def test_a_complete_run_is_left_alone(models):

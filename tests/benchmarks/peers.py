@@ -51,7 +51,7 @@ class Checker:
                 opened = TriggerSet.unseal(file.read(), self.master)
             triggers = self.triggers[row["key_id"]] = opened.materialise(opened.rungs[0])
         with fsspec.open(row["uri"]) as file:
-            data = io.BytesIO(file.read()).getvalue()
+            data = file.read()
         model.load_state_dict(load(data))
         inputs, labels = triggers
         with torch.inference_mode():

@@ -152,11 +152,11 @@ def _limit(entries: list[CatalogEntry], passes: dict[str, object]) -> dict[str, 
     chosen = entries[: max(cores, min(len(entries), 256 * 2**20 // max(1, entries[0].size_bytes or 1)))]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(cores, mp_context=context) as pool:
-        began = time.monotonic()
-        got = sum(pool.map(_download, [[entry.uri for entry in chosen[start::cores]] for start in range(cores)]))
+        shares = [[entry.uri for entry in chosen[start::cores]] for start in range(cores)]
+        list(pool.map(_download, shares))
         # Without the start of the processes: those of the second round are there.
         began = time.monotonic()
-        got = sum(pool.map(_download, [[entry.uri for entry in chosen[start::cores]] for start in range(cores)]))
+        got = sum(pool.map(_download, shares))
         rate = got / (time.monotonic() - began)
         rates = list(pool.map(_passes, [passes] * cores))
     alone = _passes(passes, threads=cores)
