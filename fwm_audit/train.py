@@ -25,6 +25,9 @@ import torch
 from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.state import list_actors, list_placement_groups
+from ray.util.state.exception import RayStateApiException
 
 from fwm_audit import storage
 from fwm_audit.architectures import input_shape
@@ -183,7 +186,35 @@ def _fit(trainer: TorchTrainer, model_id: str) -> ray.train.Result:
             if not isinstance(error.controller_failure, RayActorError):
                 raise
         log.warning("%s: a worker died while its group was started; the run goes on", model_id)
+        if ray.is_initialized():
+            _free_groups_of_the_dead()
     return trainer.fit()
+
+
+def _free_groups_of_the_dead(patience_s: float = 10.0) -> None:
+    """Remove this job's placement groups in which workers lived and none does.
+
+    Ray Train 2.60 forgets the group of workers whose start failed. Its CPUs would stay taken until the
+    job ends, and where they are the last ones the next attempt waits for them.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        try:
+            mine = [("creator_job_id", "=", job), ("state", "!=", "REMOVED")]
+            held = {group.placement_group_id for group in list_placement_groups(filters=mine, limit=10_000)}
+            actors = list_actors(filters=[("job_id", "=", job)], detail=True, limit=10_000)
+        except RayStateApiException as error:
+            log.warning("cannot list placement groups: %s", error)
+            return
+        dead = {actor.placement_group_id for actor in actors} - {
+            actor.placement_group_id for actor in actors if actor.state != "DEAD"
+        }
+        if left := held & dead:
+            for group in left:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+            return
+        time.sleep(1.0)  # those of the group that still live end with the controller
 
 
 def _train_loop(config: dict[str, Any]) -> None:

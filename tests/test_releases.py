@@ -18,6 +18,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
+from ray.util.placement_group import placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fwm_audit import releases, storage, train
 from fwm_audit.catalog import read_catalog
@@ -214,6 +216,39 @@ class Trainer:
         if isinstance(end, Exception):
             raise end
         return end
+
+
+@pytest.mark.ray
+def test_what_a_group_of_dead_workers_held_is_free_again_and_nothing_else(cluster):
+    """Ray Train forgets it where the start of the group failed; another model's next attempt needs the room."""
+
+    @ray.remote(num_cpus=1)
+    class Worker:
+        def pid(self):
+            return os.getpid()
+
+    def group():
+        made = placement_group([{"CPU": 1}])
+        assert made.wait(60)
+        return made
+
+    def worker(made):
+        living = Worker.options(scheduling_strategy=PlacementGroupSchedulingStrategy(made)).remote()
+        return living, ray.get(living.pid.remote())
+
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        left, used, fresh = group(), group(), group()
+        (dead, pid), (living, _) = worker(left), worker(used)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(ActorDiedError):
+            ray.get(dead.pid.remote())
+        train._free_groups_of_the_dead()
+        states = [placement_group_table(made)["state"] for made in (left, used, fresh)]
+        assert states == ["REMOVED", "CREATED", "CREATED"]
+        assert ray.get(living.pid.remote())
+    finally:
+        ray.shutdown()
 
 
 def test_a_worker_that_dies_while_its_group_starts_costs_an_attempt_and_no_more():
