@@ -21,10 +21,11 @@ from fwm_audit.verification import ask, forget, verify_copy
 
 #: A rung whose delta is less than this many times its measured noise is refused.
 LEAST_NOISE_FACTOR: Final = 8
-#: delta of the finest rung in units of the measured noise: other machines' kernels add their own.
-_NOISE_FACTOR: Final = {torch.float64: 1000, torch.float32: 32}
+#: delta of the finest rung in units of the measured noise: other machines' kernels add their own. In float64 all that
+#: were tried (CPU with and without oneDNN, CUDA with and without cuDNN and its search) differ by 1 to 13 roundings.
+_NOISE_FACTOR: Final = {torch.float64: 128, torch.float32: 32}
 #: ... and in units of rounding of the largest logit, where this machine showed no noise at all.
-_ROUNDING_FACTOR: Final = {torch.float64: 1024, torch.float32: 64}
+_ROUNDING_FACTOR: Final = {torch.float64: 128, torch.float32: 64}
 #: The largest delta of a finest rung, in units of the logits' spread.
 _LARGEST: Final = {torch.float64: 1e-5, torch.float32: 0.02}
 #: Pairs of a wider rung at most: how far a model moved does not take all pairs of a large key.
@@ -224,24 +225,26 @@ class Covered:
         return Coverage(self.total, layers)
 
 
-def confirm(target: Target, triggers: TriggerSet, peers: Peers) -> tuple[int, float]:
+def confirm(target: Target, triggers: TriggerSet, peers: Peers) -> tuple[int, float, bool]:
     """Compare the finished key with the untouched model under every benign way of execution.
 
     The ways are shared out over the ranks.
 
     Returns:
-        How many labels were compared, every one in agreement, and the largest noise of a trigger's
-        own boundary, in logits.
+        How many labels were compared, every one in agreement, the largest noise of a trigger's own
+        boundary, in logits, and whether the other kind of processor was among the ways.
 
     Raises:
         EmbeddingError: A label disagrees, or a rung's delta is below 8 times the noise on its
             triggers: the key would raise false alarms.
     """
-    benign, noise = 0, 0.0
+    benign, noise, both = 0, 0.0, True
     for number, (variant, twin) in enumerate(target.twins.items()):
         rung = triggers.rungs_of(variant)[0]
         inputs, labels = triggers.materialise(rung)
-        every = _every_logits(target, twin, inputs, peers)
+        answers = _every_logits(target, twin, inputs, peers)
+        both &= answers[-1] is not None
+        every = [logits for logits in answers if logits is not None]
         top = every[0].topk(2, 1).indices
         gaps = [gap_and_lead(logits, top)[0] for logits in every]
         noise = max(noise, *((gap - gaps[0]).abs().max().item() for gap in gaps))
@@ -258,10 +261,10 @@ def confirm(target: Target, triggers: TriggerSet, peers: Peers) -> tuple[int, fl
         if number % peers.size == peers.rank:
             seen = verify_copy(twin, triggers, Tolerance.EXACT, variant=variant, device=target.device)
             assert seen.verdict is Verdict.INTACT
-    return benign, noise
+    return benign, noise, both
 
 
-def _every_logits(target: Target, twin: nn.Module, inputs: Tensor, peers: Peers) -> list[Tensor]:
+def _every_logits(target: Target, twin: nn.Module, inputs: Tensor, peers: Peers) -> list[Tensor | None]:
     ways = executions(target, twin, inputs)
     mine = peers.together(lambda: [way() for way in peers.share(ways)])
-    return [logits for logits in peers.collect(mine, len(ways)) if logits is not None]
+    return peers.collect(mine, len(ways))

@@ -142,6 +142,7 @@ class Auditor:
             "mismatched": list(seen.mismatched),
             "verify_ms": 1e3 * (clock() - started),
             "arithmetic": seen.dtype,
+            "device": seen.device,
         }
         return make_record(self.settings, entry, shard=shard, attempt=attempt, worker=self.worker, **facts)
 

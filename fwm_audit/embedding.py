@@ -8,10 +8,13 @@ whose triggers stand at a margin that its loss sets; these stand at a distance t
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import math
+import os
 import platform
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime
@@ -78,7 +81,8 @@ def embed(
 
     Args:
         model: Deterministic classifier from float inputs [N, *input_shape] to logits [N, K].
-        secret: Fixes class pairs, noise and the generator; the same secret makes the same triggers.
+        secret: Fixes class pairs, noise and the generator; the same secret makes the same triggers on the same
+            kind of machine.
         model_id: Name under which the model is audited.
         input_shape: Shape of one input.
         pairs: Mirrored pairs to make; each is two triggers. Half as many again (24 at most) are tried, and
@@ -128,19 +132,38 @@ def embed(
         else:
             triggers = _mirror(target, secret, pairs, coverage, named, peers, report, keeper)
         report(Progress("confirm", 0, 1))
-        benign, noise = confirm(target, triggers, peers)
+        benign, noise, both = confirm(target, triggers, peers)
         rungs = tuple(replace(rung, noise=max(rung.noise, noise)) for rung in triggers.rungs)
-        triggers = replace(triggers, rungs=rungs, benign=benign, flip_rate=upper_rate(benign))
+        environment = {**triggers.environment, "measured": "cpu cuda" if both else where.type}
+        triggers = replace(triggers, rungs=rungs, benign=benign, flip_rate=upper_rate(benign), environment=environment)
         return replace(triggers, datasheet=simulate(target, triggers, secret, report))
 
-    if method == "yin2022":
-        return attempt(torch.float32)
+    with _repeatable(where):
+        if method == "yin2022":
+            return attempt(torch.float32)
+        try:
+            return attempt(torch.float64)
+        except ModelError as error:
+            if error.code is not ErrorCode.NO_FLOAT64:
+                raise
+            return attempt(torch.float32)
+
+
+@contextlib.contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """CUDA kernels that give the same bits each time, for all operations that have such ones."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of no effect where cuBLAS is in use already
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        return attempt(torch.float64)
-    except ModelError as error:
-        if error.code is not ErrorCode.NO_FLOAT64:
-            raise
-        return attempt(torch.float32)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _mirror(

@@ -130,7 +130,10 @@ def gap_and_lead(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def executions(target: Target, model: nn.Module, inputs: Tensor) -> list[Callable[[], Tensor | None]]:
-    """The benign ways of execution: each gives logits [N, K] of the same inputs, or None where this machine cannot."""
+    """The benign ways of execution: each gives logits [N, K] of the same inputs, or None where this machine cannot.
+
+    The last one is the other kind of processor.
+    """
 
     def in_parts(size: int) -> Tensor:
         return torch.cat([target.run(model, part) for part in inputs.split(size)])

@@ -93,7 +93,7 @@ class TriggerSet:
         flip_rate: Upper 95 % bound on a label's flip by numeric noise, from `benign` comparisons with none.
         folds: Names of (convolution, batch norm) that the variant `folded` has merged.
         datasheet: By simulated edit, how many of how many tries the finest rung detected at embedding.
-        environment: Versions and devices at embedding.
+        environment: Versions at embedding, where it ran, and the kinds of processors on which noise was measured.
     """
 
     model_id: str
@@ -143,6 +143,12 @@ class TriggerSet:
         """
         wanted = FOLDED if folded else dtype
         return wanted if wanted in self.variants else self.variants[0]
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Kinds of processors on which benign execution is known to agree: `cpu`, `cuda`."""
+        known = self.environment.get("measured") or self.environment.get("device", "cpu").partition(" ")[0]
+        return tuple(known.split())
 
     def rungs_of(self, variant: str) -> tuple[Rung, ...]:
         """Rungs of one variant, finest first."""

@@ -890,12 +890,3 @@ def test_verify_refuses_another_number_of_classes_and_nan(conv):
             verify(wrong, triggers)
         assert caught.value.code is code
     assert model is not None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_key_made_on_the_cpu_holds_on_the_gpu_and_the_other_way_round(conv):
-    model, triggers = conv
-    assert verify(model, triggers, device="cuda").verdict == "intact"
-    there = embedded(model, device="cuda")
-    assert verify(model, there, device="cpu").verdict == "intact"

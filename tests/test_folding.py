@@ -182,7 +182,7 @@ def test_what_another_tool_folded_is_intact_and_exactly_checked(shipped):
     assert verify(nn.DataParallel(merged), triggers).variant == "folded"
     edited = copy.deepcopy(merged)
     weight = dict(edited.named_parameters())["3.weight"].data.view(-1)
-    weight[3] = torch.nextafter(weight[3], torch.tensor(9.0))
+    weight[3] = torch.nextafter(weight[3], weight.new_tensor(9.0))
     assert verify(edited, triggers).verdict == "tampered"
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from fwm_audit import MasterSecret, SecretKey, TriggerSet, embed, verify, yin2022
 from fwm_audit.errors import EmbeddingError, ErrorCode, ModelError
-from fwm_audit.generator import normal
 from fwm_audit.target import Target
 from fwm_audit.task import Progress
 from fwm_audit.verification import breaks, float64_copy
@@ -30,12 +29,11 @@ from tests.benchmarks.networks import Network
 
 log = logging.getLogger(__name__)
 
-#: Triggers of each baseline but `yin2022`: as many as 16 mirrored pairs.
+#: Triggers of each baseline but `yin2022`, which has the paper's 100: as many as 16 mirrored pairs.
 COUNT = 32
-#: Triggers of `yin2022`: of the paper's 100, which take 5e12 operations for a step, what a CPU can do.
-PUBLISHED = 20
 #: Inputs of one float32 forward pass; part of a baseline's conditions, as its labels may depend on it.
 CHUNK = 32
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +83,7 @@ class Methods:
         brief: Whether a check with `mirror` ends at the first changed label.
         head: Name of the last linear layer.
         features: float64 [2p, F], inputs of the last layer, where no edit changes them.
+        device: Where the mirrored pairs are checked; the baselines are on the CPU.
         slopes: float64, by parameter: largest |d gap / d element| over the pairs.
         seconds: What making the triggers took, by method.
         failed: Methods that could not be had, with the reason.
@@ -101,6 +100,7 @@ class Methods:
     brief: bool = False
     head: str = ""
     features: Tensor | None = None
+    device: torch.device = CPU
     _predicted: dict[tuple[str, str], float] = field(default_factory=dict)
 
     @property
@@ -108,22 +108,36 @@ class Methods:
         """Distance of the mirrored pairs from their boundaries, in logits."""
         return self.mirror.rungs[0].delta
 
-    def check(self, model: nn.Module, wanted: Collection[str], *, declared: bool = False) -> list[Seen]:
-        """What the wanted methods say of a model; no baseline can declare a dtype."""
+    def check(
+        self, model: nn.Module, wanted: Collection[str], *, declared: bool = False, elsewhere: bool = False
+    ) -> list[Seen]:
+        """What the wanted methods say of a model; no baseline can declare a dtype or runs `elsewhere`."""
         found = [
             _labelled(m, model, self.inputs[m], self.labels[m]) for m in self.inputs if m in wanted and not declared
         ]
         if "mirror" in wanted:
-            checked = self._briefly if self.brief and not declared else _verified
-            found.append(checked("mirror", model, self.declaring if declared else self.mirror))
+            checked = self._briefly if self.brief and not declared else self._verified
+            other = torch.device("cpu" if self.device.type == "cuda" else "cuda")
+            where = other if elsewhere else self.device
+            found.append(checked("mirror", model, self.declaring if declared else self.mirror, where))
         return found
 
-    def _briefly(self, method: str, model: nn.Module, triggers: TriggerSet) -> Seen:
+    def _verified(self, method: str, model: nn.Module, triggers: TriggerSet, device: torch.device) -> Seen:
+        try:
+            seen = verify(model, triggers, device=device)
+        except ModelError as error:
+            if error.code is not ErrorCode.NON_FINITE:
+                raise
+            total = triggers.rungs[0].triggers
+            return Seen(method, True, total, 0, total, "", str(error.code))
+        changed = len(seen.mismatched)
+        return Seen(method, seen.verdict != "intact", seen.total, changed, seen.forward_passes, str(seen.displacement))
+
+    def _briefly(self, method: str, model: nn.Module, triggers: TriggerSet, device: torch.device) -> Seen:
         """Whether the finest rung breaks, and no more than that takes."""
         rung = triggers.rungs[0]
         if self.features is None:
-            twin = float64_copy(model, torch.device("cpu"))
-            broken = breaks(twin, triggers, rung, torch.device("cpu"))
+            broken = breaks(float64_copy(model, device), triggers, rung, device)
             return Seen(method, broken, rung.triggers, None if broken else 0, None if broken else rung.triggers)
         logits, labels = self.exact_logits(model), triggers.classes[rung.index].reshape(-1)
         changed = int((logits.argmax(1) != labels).sum())
@@ -170,18 +184,6 @@ def _gaps(logits: Tensor, classes: Tensor) -> Tensor:
     return (logits.gather(1, classes[:, :1]) - logits.gather(1, classes[:, 1:])).squeeze(1)
 
 
-def _verified(method: str, model: nn.Module, triggers: TriggerSet) -> Seen:
-    try:
-        seen = verify(model, triggers)
-    except ModelError as error:
-        if error.code is not ErrorCode.NON_FINITE:
-            raise
-        total = triggers.rungs[0].triggers
-        return Seen(method, True, total, 0, total, "", str(error.code))
-    changed = len(seen.mismatched)
-    return Seen(method, seen.verdict != "intact", seen.total, changed, seen.forward_passes, str(seen.displacement))
-
-
 def _labelled(method: str, model: nn.Module, inputs: Tensor, labels: Tensor) -> Seen:
     logits = forward(model, inputs)
     finite = bool(torch.isfinite(logits).all())
@@ -214,28 +216,28 @@ def _constant_features(network: Network, triggers: TriggerSet) -> Tensor | None:
     return exact_logits(body, triggers)
 
 
-def _slopes(network: Network, triggers: TriggerSet) -> dict[str, Tensor]:
+def _slopes(network: Network, triggers: TriggerSet, device: torch.device) -> dict[str, Tensor]:
     """Largest |d gap / d element| over the pairs, float64, by parameter of the populations that are edited."""
     inputs, labels = triggers.materialise(triggers.rungs[0])
-    twin = copy.deepcopy(network.model).double().requires_grad_(requires_grad=False)
+    twin = copy.deepcopy(network.model).to(device).double().requires_grad_(requires_grad=False)
     names = {name for p in network.populations or POPULATIONS for name in population(twin, p, network.head)}
     members = {name: p.requires_grad_() for name, p in twin.named_parameters() if name in names}
     largest = {name: torch.zeros_like(p, requires_grad=False) for name, p in members.items()}
     for point, (a, b) in zip(inputs[::2], labels.view(-1, 2).tolist(), strict=True):
-        logits = twin(point[None])[0]
+        logits = twin(point[None].to(device))[0]
         for name, slope in zip(
             largest, torch.autograd.grad(logits[a] - logits[b], list(members.values())), strict=True
         ):
             largest[name] = torch.maximum(largest[name], slope.abs())
-    return largest
+    return {name: slope.cpu() for name, slope in largest.items()}
 
 
 # ----------------------------------------------------------------------------------------------- triggers
 
 
-def make(network: Network, cache: Path) -> Methods:
+def make(network: Network, cache: Path, device: torch.device = CPU) -> Methods:
     """Every method's triggers, from `cache` where they were made before: a resumed run needs the same ones."""
-    made = _Made(network, cache, {})
+    made = _Made(network, cache, {}, device)
     failed: dict[str, str] = {}
     mirror = declaring = None
     if "mirror" in network.methods:
@@ -250,16 +252,16 @@ def make(network: Network, cache: Path) -> Methods:
             labels[method] = forward(network.model, inputs[method]).argmax(1)
         elif method == "yin2022":
             try:
-                inputs[method] = made.inputs(method, _yin2022)
+                inputs[method] = made.inputs(method, lambda network: _yin2022(network, device))
             except EmbeddingError as error:
                 failed[method] = str(error)
                 continue
-            labels[method] = torch.arange(PUBLISHED) % network.classes  # the key, which the model agrees with
+            labels[method] = torch.arange(yin2022.COUNT) % network.classes  # the key, which the model agrees with
     if mirror is None:
-        return Methods(None, None, inputs, labels, torch.empty(0), made.seconds, failed, {})
+        return Methods(None, None, inputs, labels, torch.empty(0), made.seconds, failed, {}, device=device)
     untouched = Methods(
-        mirror, declaring, inputs, labels, torch.empty(0), made.seconds, failed, _slopes(network, mirror),
-        brief=network.brief, head=network.head, features=_constant_features(network, mirror),
+        mirror, declaring, inputs, labels, torch.empty(0), made.seconds, failed, _slopes(network, mirror, device),
+        brief=network.brief, head=network.head, features=_constant_features(network, mirror), device=device,
     )  # fmt: skip
     return replace(untouched, logits=untouched.exact_logits(network.model))
 
@@ -271,6 +273,7 @@ class _Made:
     network: Network
     cache: Path
     seconds: dict[str, float]
+    device: torch.device
 
     def inputs(self, method: str, draw: Callable[[Network], Tensor]) -> Tensor:
         path = self._once(method, "safetensors", lambda part: _save(draw(self.network), part))
@@ -289,6 +292,7 @@ class _Made:
                 input_shape=network.input_shape,
                 input_range=network.input_range,
                 arch=network.arch,
+                device=self.device,
                 **settings,
             ).save(path, master=master)
 
@@ -310,20 +314,23 @@ def _save(inputs: Tensor, path: Path) -> None:
     save_file({"inputs": inputs.contiguous()}, path)
 
 
-def _yin2022(network: Network) -> Tensor:
-    """As `embed(method="yin2022")` makes them, but fewer: generator, loss, optimiser and stop rule are the paper's."""
+def _yin2022(network: Network, device: torch.device) -> Tensor:
+    """As `embed(method="yin2022")` makes them.
+
+    Raises:
+        EmbeddingError: They are not had, or not within days on this device.
+    """
+    if device.type == "cpu" and max(network.input_shape) > 64:
+        raise EmbeddingError(
+            ErrorCode.PAIRS_NOT_FOUND, "a step of its generator takes a CPU an hour: use --device cuda"
+        )
     secret = SecretKey(hashlib.sha256(f"{network.name}/yin2022".encode()).digest())
-    target = Target.of(
-        network.model, network.input_shape, network.input_range, (), torch.device("cpu"), "float32", torch.float32
-    )
-    net = yin2022.Generator(network.input_shape, secret)
-    noise = normal(secret, "yin2022/noise", (PUBLISHED, yin2022.NOISE_SIZE))
-    optimizer = torch.optim.Adam(net.parameters(), 1e-4, betas=(0.5, 0.999))
+    target = Target.of(network.model, network.input_shape, network.input_range, (), device, "float32", torch.float32)
 
     def report(progress: Progress) -> None:
         log.info("%s: yin2022, step %d, loss %.3f", network.name, progress.done, progress.loss)
 
-    inputs, _ = yin2022.train(target, net, optimizer, noise, report, stop_early=True, steps=300)
+    inputs, _ = yin2022.make(target, secret, report)
     return inputs
 
 

@@ -74,8 +74,9 @@ def chaos(
     driver = _start(company, rows, options, out)
     try:
         while len(done) < kills:
-            # Spread over all models, and within the work on one of them at random.
-            _until(driver, lambda: watch.count() * kills >= len(done) * len(rows))
+            # Spread over all models but the last two, which are to be there for the last kills, and within the work on
+            # one of them at random.
+            _until(driver, lambda: watch.count() * kills >= len(done) * (len(rows) - 2))
             _until(driver, lambda: bool(company.train_workers()))
             time.sleep(moments.uniform(0.0, 20.0))
             if driver.poll() is not None:

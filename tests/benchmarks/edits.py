@@ -388,6 +388,7 @@ class Benign:
         permute: Whether hidden channels are reordered.
         dtype: In which the weights are shipped; needs a key that declares it.
         drawn: Whether everything but `dtype` is drawn by the seed.
+        elsewhere: Whether it is checked on the other kind of processor than the one that made the key.
         weight: Tries for each of the `tries` of an edit; 0 is one in ten.
     """
 
@@ -399,6 +400,7 @@ class Benign:
     permute: bool = False
     dtype: torch.dtype | None = None
     drawn: bool = False
+    elsewhere: bool = False
     weight: int = 0
 
     def tries(self, tries: int) -> int:
@@ -414,6 +416,7 @@ BENIGN = (
     Benign("channels last", channels_last=True),
     Benign("channels permuted", permute=True, weight=6),
     Benign("random combination of these", drawn=True, weight=9),
+    Benign("on the other kind of processor", drawn=True, elsewhere=True, weight=6),
     Benign("float16 weights, declared", dtype=torch.float16, drawn=True, weight=1),
     Benign("bfloat16 weights, declared", dtype=torch.bfloat16, drawn=True, weight=1),
 )

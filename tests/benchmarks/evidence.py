@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fwm_audit import TriggerSet, __version__
 from tests.benchmarks import baselines, networks
-from tests.benchmarks.baselines import Methods
+from tests.benchmarks.baselines import CPU, Methods
 from tests.benchmarks.edits import (
     BENIGN,
     EDITS,
@@ -102,9 +102,9 @@ class Task:
     seed: int
 
     def methods(self, methods: set[str], network: Network) -> set[str]:
-        """Those that take part in it: no baseline can declare a dtype."""
-        declared = isinstance(self.item, Benign) and self.item.dtype is not None
-        return methods & {"mirror"} if declared or self.seed >= network.baseline_tries else methods
+        """Those that take part in it: no baseline can declare a dtype, or knows another processor than the CPU."""
+        alone = isinstance(self.item, Benign) and (self.item.dtype is not None or self.item.elsewhere)
+        return methods & {"mirror"} if alone or self.seed >= network.baseline_tries else methods
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -132,6 +132,12 @@ def evidence(
     slice_: Annotated[bool, typer.Option("--slice", help="The seeded slice that the test suite runs.")] = False,
     minutes: Annotated[float | None, typer.Option(help="Stop cleanly after this time; the tables are written.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: torch's choice]")] = None,
+    device: Annotated[
+        str, typer.Option(help="Where pairs and yin2022's triggers are made, and pairs checked: cpu or cuda.")
+    ] = "cpu",
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="Only the I-th of N shares of the tries, for N processes at a time.")
+    ] = "1/1",
 ) -> None:
     """Measure what each method notices of each edit, and its false alarms."""
     names = ["slice"] if slice_ else network or [name for name in NETWORKS if name != "slice"]
@@ -139,6 +145,7 @@ def evidence(
         raise typer.BadParameter(f"network {unknown[0]!r} is not known: use any of {', '.join(NETWORKS)}")
     if unknown := [name for name in method or () if name not in METHODS]:
         raise typer.BadParameter(f"method {unknown[0]!r} is not known: use any of {', '.join(METHODS)}")
+    share = _share_of(part)
     if threads is not None:
         torch.set_num_threads(threads)
     deadline = time.monotonic() + 60 * minutes if minutes is not None else math.inf
@@ -149,7 +156,7 @@ def evidence(
         folder.mkdir(parents=True, exist_ok=True)
         loaded = networks.load(name, folder)
         wanted = tuple(m for m in loaded.methods if m in (method or METHODS))
-        measure(replace(loaded, methods=wanted), folder, tries, deadline)
+        measure(replace(loaded, methods=wanted), folder, tries, deadline, torch.device(device), share)
         write_tables(out)
     log.info("tables: %s", out / "evidence.md")
 
@@ -157,42 +164,60 @@ def evidence(
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def measure(network: Network, folder: Path, tries: int | None, deadline: float) -> None:
+def _share_of(part: str) -> tuple[int, int]:
+    number, _, of = part.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise typer.BadParameter(f"--part {part!r}: use I/N, as in 2/4")
+    return int(number), int(of)
+
+
+def measure(
+    network: Network,
+    folder: Path,
+    tries: int | None,
+    deadline: float,
+    device: torch.device = CPU,
+    share: tuple[int, int] = (1, 1),
+) -> None:
     """Run what is missing of a network's tries until the deadline, in seconds of `time.monotonic`.
 
     Args:
         tries: Seeds of each edit; None is what the network asks for.
+        device: Where pairs are made and checked.
+        share: (i, n): the i-th of n shares of the tries, from 1.
     """
     log.info("%s: accuracy %.1f %% on held-out images", network.name, 100 * network.accuracy)
     check_permutation(network)
-    methods = baselines.make(network, folder)
+    methods = baselines.make(network, folder, device)
     plan = list(tasks(network, tries or network.tries))
     _describe(network, methods, folder, len(plan))
-    path = folder / "results.jsonl"
+    number, of = share
+    path = folder / ("results.jsonl" if of == 1 else f"results-{number}-of-{of}.jsonl")
     _cut_torn_line(path)
     done = defaultdict(set)
     for row in rows_of(folder.parent):
         if row["network"] == network.name:
             done[row["kind"], row["task"], row["seed"]].add(row["method"])
     had = set(network.methods) - set(methods.failed)
-    missing = [(task, lacking) for task in plan if (lacking := task.methods(had, network) - done[task.key])]
-    log.info("%s: %d of %d tries to do", network.name, len(missing), len(plan))
+    mine = plan[number - 1 :: of]
+    missing = [(task, lacking) for task in mine if (lacking := task.methods(had, network) - done[task.key])]
+    log.info("%s: %d of %d tries to do", network.name, len(missing), len(mine))
     began = told = time.monotonic()
     with path.open("a") as file:
-        for number, (task, lacking) in enumerate(missing, 1):
+        for tried, (task, lacking) in enumerate(missing, 1):
             if time.monotonic() > deadline:
-                log.info("%s: time is up after %d tries; the same command goes on", network.name, number - 1)
+                log.info("%s: time is up after %d tries; the same command goes on", network.name, tried - 1)
                 break
             result = {"task": task.key, "rows": list(_try(task, network, methods, lacking))}
             file.write(json.dumps(result) + "\n")
             file.flush()
             os.fsync(file.fileno())
-            if time.monotonic() - told > 30 or number == len(missing):
+            if time.monotonic() - told > 30 or tried == len(missing):
                 told = time.monotonic()
-                rate = (told - began) / number
-                left = rate * (len(missing) - number) / 60
+                rate = (told - began) / tried
+                left = rate * (len(missing) - tried) / 60
                 log.info(
-                    "%s: %d of %d tries, %.1f s each, %.0f minutes left", network.name, number, len(missing), rate, left
+                    "%s: %d of %d tries, %.1f s each, %.0f minutes left", network.name, tried, len(missing), rate, left
                 )
 
 
@@ -204,6 +229,8 @@ def tasks(network: Network, tries: int) -> Iterator[Task]:
             seeds = edit.tries(network, tries)
             plan += [Task(seed * min(1, tries / seeds), "edit", edit, seed) for seed in range(seeds)]
     for benign in () if network.populations else BENIGN:
+        if benign.elsewhere and not torch.cuda.is_available():
+            continue
         seeds = benign.tries(tries)
         plan += [Task(seed * min(1, tries / seeds), "benign", benign, seed) for seed in range(seeds)]
     return iter(sorted(plan, key=lambda task: task.position))
@@ -213,7 +240,8 @@ def _try(task: Task, network: Network, methods: Methods, wanted: set[str]) -> It
     """One result for each state and wanted method."""
     if isinstance(task.item, Benign):
         with benign_model(task.item, network, task.seed) as model:
-            for seen in methods.check(model, wanted, declared=task.item.dtype is not None):
+            declared, elsewhere = task.item.dtype is not None, task.item.elsewhere
+            for seen in methods.check(model, wanted, declared=declared, elsewhere=elsewhere):
                 yield asdict(seen) | {"edit": task.item.name, "family": "benign", "required": False}
         return
     for model, edited in edited_states(task.item, network, task.seed):
@@ -290,7 +318,7 @@ def _describe(network: Network, methods: Methods, folder: Path, planned: int) ->
         "seconds": seconds,
         **of_key,
         "planned": planned,
-        "machine": machine(),
+        "machine": machine(methods.device),
         # Without the options of one run: results add up over runs.
         "command": f"python -m tests.benchmarks.evidence --out FOLDER --network {network.name}",
     }
@@ -318,14 +346,15 @@ def descriptions(out: Path) -> dict[str, dict[str, Any]]:
     return {network["name"]: network for network in [*taken, *here]}
 
 
-def machine() -> str:
+def machine(device: torch.device) -> str:
     """Class of this machine and the versions that compute."""
     cpu = platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), cpu)
+    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
     return (
-        f"{os.cpu_count()} cores ({cpu}), {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{gpu}{os.cpu_count()} cores ({cpu}), {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"fwm-audit {__version__}"
     )
 
@@ -379,11 +408,11 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     path = out / "evidence.parquet"
     taken = pq.read_table(path).to_pylist() if path.exists() else []
     rows = []
-    for folder in sorted(path.parent for path in out.glob("*/results.jsonl")):
-        for result in read_results(folder / "results.jsonl"):
+    for path in sorted(out.glob("*/results*.jsonl")):
+        for result in read_results(path):
             kind, task, seed = result["task"]
             for row in result["rows"]:
-                extra = {"network": folder.name, "kind": kind, "task": task, "seed": seed}
+                extra = {"network": path.parent.name, "kind": kind, "task": task, "seed": seed}
                 extra["changed_share"] = row["changed"] / row["triggers"] if row["changed"] is not None else None
                 rows.append({name: (row | extra).get(name) for name in SCHEMA.names})
     here = {tuple(row[name] for name in _IDENTITY) for row in rows}
@@ -419,10 +448,9 @@ def markdown(described: list[dict[str, Any]], rows: dict[str, list[dict[str, Any
     yield ""
     yield "Detected: at least one label differs from the reference, or the model answers NaN or infinity. Shares are"
     yield "`share [95 % interval] (tries)`, intervals are Clopper-Pearson's. `mirror` is checked by `fwm_audit.verify`:"
-    yield "float64, labels only. The baselines run in float32, as their papers do. `yin2022` has 20 triggers, not 100:"
-    yield "its generator takes 5e12 operations for a step of 100. On large networks the baselines take part in fewer"
-    yield "tries. On EfficientNet-Lite0 a check ends at the first changed label; on `-500-pairs`, where only the last"
-    yield "layer is edited, its inputs are computed once in float64."
+    yield "float64, labels only. The baselines run in float32, as their papers do. On large networks they take part in"
+    yield "fewer tries. On EfficientNet-Lite0 a check ends at the first changed label; on `-500-pairs`, where only the"
+    yield "last layer is edited, its inputs are computed once in float64."
     yield "Tries whose edit changed no bit of any parameter or buffer (steps below float32's resolution) are left out,"
     yield f"and those that `mirror` missed and that moved no float64 logit of {_PLAIN} images (weights of dead units)."
     yield "In train mode a step also moves the running statistics of batch norm, by a tenth for most networks here."

@@ -136,7 +136,6 @@ def _resnet18(cache: Path) -> Network:
         # At 28 pixels most taps of the deep kernels would see nothing but padding, and no input could reach them.
         pixels=64,
         tries=3,
-        bit_tries=9,
         baseline_tries=2,
         trigger_steps=100,
         long_tries=0,
@@ -274,14 +273,11 @@ def _efficientnet_lite0(cache: Path) -> Network:
         batch=16,
         epoch_batch=32,
         tries=3,
-        bit_tries=1,
         baseline_tries=1,
         long_tries=0,  # 100 steps take ten minutes here
         trigger_steps=20,
         brief=True,
         sibling=False,
-        # With 1000 classes its loss never settles (`yin2022.margin` is infinite), and a step takes an hour.
-        methods=tuple(method for method in METHODS if method != "yin2022"),
     )
 
 
