@@ -68,7 +68,8 @@ def test_baselines_are_measured_on_the_same_edits_and_notice_fewer(measured):
 def test_no_false_alarm(measured):
     _, _, rows = measured
     benign = of(rows, kind="benign", method="mirror")
-    assert {row["edit"] for row in benign} == {change.name for change in edits.BENIGN}
+    run = [change.name for change in edits.BENIGN if torch.cuda.is_available() or not change.elsewhere]
+    assert {row["edit"] for row in benign} == {*run}
     assert len(benign) >= 25
     assert [row["edit"] for row in benign if row["detected"]] == []
 
