@@ -23,6 +23,7 @@ The data flow, and the modules in the order in which it passes them:
         storage        URIs -> bytes, create-only writes, one version or an error
         architectures  names -> modules, from allowed sources only
         checkpoint     an untrusted file -> tensors
+        arithmetic     float64 where PyTorch is less exact, or far slower, than the processor
         verification   a model and a trigger set -> counted labels
         verdict        counted labels -> intact or tampered
         check          one entry -> one record

@@ -201,8 +201,8 @@ def _free_groups_of_the_dead(patience_s: float = 10.0) -> None:
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         try:
-            mine = [("creator_job_id", "=", job), ("state", "!=", "REMOVED")]
-            held = {group.placement_group_id for group in list_placement_groups(filters=mine, limit=10_000)}
+            groups = list_placement_groups(filters=[("creator_job_id", "=", job)], limit=10_000)
+            held = {group.placement_group_id for group in groups if group.state != "REMOVED"}
             actors = list_actors(filters=[("job_id", "=", job)], detail=True, limit=10_000)
         except RayStateApiException as error:
             log.warning("cannot list placement groups: %s", error)

@@ -11,15 +11,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
+from fwm_audit.arithmetic import float64_mode
 from fwm_audit.errors import ErrorCode, ModelError
 from fwm_audit.triggers import Rung, TriggerSet
 from fwm_audit.verdict import (
@@ -215,8 +214,7 @@ def ask(model: nn.Module, batch: Tensor, *, quote: bool = False) -> Tensor:
         ModelError: As `run`, or a gradient in the inputs is wanted and there is none.
     """
     try:
-        with _ExactActivations() if batch.is_cuda and batch.dtype is torch.float64 else contextlib.nullcontext():
-            answer = model(batch)
+        answer = _pass(model, batch)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - the model is anybody's code
@@ -239,37 +237,18 @@ def ask(model: nn.Module, batch: Tensor, *, quote: bool = False) -> Tensor:
     return answer
 
 
-class _ExactActivations(TorchFunctionMode):
-    """float64 on CUDA means float64: two of PyTorch's kernels there multiply by 1/6 rounded to float32.
-
-    In MobileNetV3 that moves logits by 1e-6, a thousand times as far as a flipped bit (torch 2.11).
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        del types
-        exact = _EXACT.get(func)
-        return exact(*args, **kwargs or {}) if exact is not None else func(*args, **kwargs or {})
-
-
-def _hardswish(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002 - torch's signature
-    return _into(input, input * (input + 3).clamp(0, 6) / 6, inplace=inplace)
-
-
-def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002 - torch's signature
-    return _into(input, (input + 3).clamp(0, 6) / 6, inplace=inplace)
-
-
-def _into(given: Tensor, answer: Tensor, *, inplace: bool) -> Tensor:
-    # A gradient needs what was given; no model reads that again where it asked for gradients and lost it.
-    return given.copy_(answer) if inplace and not answer.requires_grad else answer
-
-
-_EXACT: Final[dict[Any, Callable[..., Tensor]]] = {
-    functional.hardswish: _hardswish,
-    functional.hardsigmoid: _hardsigmoid,
-}
+def _pass(model: nn.Module, batch: Tensor) -> Any:
+    if batch.is_cuda or torch.is_grad_enabled():  # with a graph, the batch itself
+        with float64_mode(batch):
+            return model(batch)
+    try:
+        # A copy, as a model that writes to its input may fail after that.
+        with float64_mode(batch):
+            return model(batch.clone())
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return model(batch)  # it may insist on another memory layout than that of our convolutions
 
 
 @contextlib.contextmanager

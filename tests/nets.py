@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import time
 
 import torch
 from torch import Tensor, nn
@@ -272,3 +274,22 @@ class Fixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) @ self.weight.T
+
+
+class Misbehaving(nn.Sequential):
+    """`convnet` in whose forward pass native code crashes ("exit"), never returns ("hang") or takes memory ("eat")."""
+
+    def __init__(self, act: str) -> None:
+        super().__init__(*convnet())
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.act == "exit":
+            os._exit(1)
+        if self.act == "hang":
+            time.sleep(3600)
+        held = []
+        while self.act == "eat":
+            held.append(torch.ones(1 << 26, dtype=torch.uint8))
+            time.sleep(0.02)
+        return super().forward(x)

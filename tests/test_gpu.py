@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from fwm_audit import SecretKey, embed, verification, verify
+from fwm_audit import SecretKey, arithmetic, embed, verify
 from fwm_audit.architectures import build
 from fwm_audit.catalog import CatalogEntry, write_catalog
 from fwm_audit.check import Auditor
@@ -109,7 +109,7 @@ def test_where_the_gpu_computes_less_than_a_key_was_tried_on_the_cpu_decides(mon
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(8 * 14 * 14, 5)).eval()
     model.input_shape = (3, 16, 16)
     key = embedded(model, pairs=6, device="cpu")
-    monkeypatch.setattr(verification, "_EXACT", {})
+    monkeypatch.setattr(arithmetic, "_EXACT", {})
     tried = verify(model, key, device="cuda")
     assert (tried.verdict, tried.device) == ("tampered", "cuda")
     key = dataclasses.replace(key, environment=key.environment | {"measured": "cpu"})

@@ -18,6 +18,7 @@ ROWS = {
     "torch": {
         *(
             "architectures",
+            "arithmetic",
             "calibration",
             "datasheet",
             "embedding",

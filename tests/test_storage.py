@@ -9,11 +9,8 @@ import hashlib
 import os
 import pickle
 import random
-import select
 import socket
-import socketserver
 import stat
-import struct
 import threading
 import traceback
 import uuid
@@ -28,6 +25,7 @@ import stamina
 
 from fwm_audit import storage
 from fwm_audit.errors import ErrorCode, StorageError
+from tests.proxy import Proxy
 
 # listdir names what is there, nothing more is asked.
 # ruff: noqa: PTH208
@@ -52,71 +50,11 @@ def place(request, tmp_path):
 def proxy(s3_server, monkeypatch):
     """A proxy in front of the S3 server which does what its `script` says of each request."""
     with Proxy(s3_server) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
         s3fs.S3FileSystem.clear_instance_cache()
         yield server
-        server.shutdown()
-        thread.join()
     # A client keeps the endpoint that it was made with.
     s3fs.S3FileSystem.clear_instance_cache()
-
-
-class Proxy(socketserver.ThreadingTCPServer):
-    """Forwards bytes; `script(method, number)` gives the fault for a request, or None.
-
-    Faults: "reset" and "cut" end the answer after 100 kB, with and without a TCP reset; "lost"
-    ends it before its first byte, after the server has served it; "busy" answers 503 instead.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, upstream):
-        super().__init__(("127.0.0.1", 0), _Connection)
-        self.upstream = ("127.0.0.1", int(upstream.rpartition(":")[2]))
-        self.script = lambda method, number: None
-        self.seen = []
-        self.lock = threading.Lock()
-
-    def fault(self, method):
-        with self.lock:
-            number = self.seen.count(method)
-            self.seen.append(method)
-            return self.script(method, number)
-
-
-class _Connection(socketserver.BaseRequestHandler):
-    def handle(self):  # noqa: C901  # one loop, read from top to bottom
-        with socket.create_connection(self.server.upstream) as upstream, contextlib.suppress(OSError):
-            fault, sent = None, 0
-            while True:
-                ready, _, _ = select.select([self.request, upstream], [], [])
-                if self.request in ready:
-                    data = self.request.recv(1 << 16)
-                    if not data:
-                        return
-                    method = data.partition(b" ")[0].decode("latin1")
-                    if method in {"GET", "PUT", "HEAD"}:
-                        fault, sent = self.server.fault(method), 0
-                    if fault == "busy":
-                        self.request.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                        return
-                    upstream.sendall(data)
-                if upstream in ready:
-                    data = upstream.recv(1 << 16)
-                    if not data:
-                        return
-                    interim = data.startswith(b"HTTP/1.1 100 ")
-                    if fault == "lost" and not interim:
-                        return
-                    self.request.sendall(data)
-                    sent += len(data)
-                    if fault in {"reset", "cut"} and sent > 100_000:
-                        if fault == "reset":
-                            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                            self.request.close()
-                        return
 
 
 def fetched(uri):
@@ -317,7 +255,7 @@ class TestLocal:
 class TestFaults:
     """A fault on the way costs time or the audit, never the truth."""
 
-    @pytest.mark.parametrize("fault", ["reset", "cut", "lost", "busy"])
+    @pytest.mark.parametrize("fault", ["reset", "cut", "lost", "busy", "broken", "stall"])
     def test_ranges_survive(self, s3, proxy, fault):
         uri = storage.join(s3, "model.pt")
         storage.replace(uri, BIG)

@@ -1,0 +1,330 @@
+"""Audit after audit of one fleet while workers, nodes, drivers, the object store and models misbehave.
+
+A cluster of three node processes audits checkpoints from a real S3 server behind a proxy. Each audit is one
+`jobs.audit` with faults drawn from a seed: SIGKILL of a worker, of all workers, of a node or of the driver
+(which is started again with the same run id); answers of the store that fail, break off, stall, or an object
+that is replaced between two ranges; a model that kills its worker, hangs, or takes all memory. In the end every
+row of the catalog has to have exactly one record with the verdict that its bytes deserve, and no audit may
+outlast its limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import boto3
+import pyarrow.parquet as pq
+import torch
+import typer
+from ray.cluster_utils import Cluster
+from safetensors.torch import save
+
+from fwm_audit import MasterSecret, embed
+from fwm_audit.architectures import build
+from fwm_audit.catalog import CatalogEntry, write_catalog
+from fwm_audit.key import key_name
+from tests import seaweed
+from tests.proxy import Proxy
+
+_EXAMPLES = """\b
+Examples:
+  python -m tests.benchmarks.chaos_audit --out chaos-out
+  python -m tests.benchmarks.chaos_audit --out chaos-out --audits 20 --seed 7
+"""
+
+PROCESSES = ("worker", "all workers", "node", "driver")
+STORE = ("broken", "busy", "cut", "lost", "reset", "stall", "replaced")
+MODELS = ("exit", "hang", "eat")
+CONVNET = "factory:tests.nets:convnet"
+#: More than one range of 16 MiB.
+LARGE = "factory:tests.nets:wide?hidden=6000"
+#: Seconds for a model, and for an audit with everything that happens to it.
+TIMEOUT_S, LIMIT_S = 15, 240
+#: Intact and tampered copies of the small model.
+COPIES = 24
+#: Faults of the store on one object: a retry has to get through in the end.
+MOST = 2
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+#: Verdict and, where it is `error`, its code.
+Outcome = tuple[str, str | None]
+
+
+@app.command(epilog=_EXAMPLES)
+def chaos_audit(
+    *,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for keys, objects and logs.")],
+    audits: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the first audit; the next one has the next seed.")] = 0,
+) -> None:
+    """Audit under fire; exit code 1 if a record was lost, doubled or wrong, or an audit outlasted its limit."""
+    began, seen, wrong = time.monotonic(), Counter[str](), []
+    with battlefield(out) as field:
+        for number in range(seed, seed + audits):
+            told = field.audit(number)
+            seen.update(told.faults)
+            wrong += [f"audit {number}: {text}" for text in told.wrong]
+            after = time.monotonic() - began
+            line = f"{after:6.0f} s  audit {number}: {', '.join(told.faults)}: {told.seconds:.0f} s"
+            typer.echo("; ".join([line, *told.wrong]), err=True)
+    took = round(time.monotonic() - began)
+    report = {"audits": audits, "records": audits * field.rows, "faults": dict(seen), "seconds": took, "wrong": wrong}
+    typer.echo(json.dumps(report))
+    raise typer.Exit(1 if wrong else 0)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What was done to one audit, what it took, and what was wrong with its outcome."""
+
+    faults: list[str]
+    seconds: float
+    wrong: list[str]
+
+
+@contextlib.contextmanager
+def battlefield(out: Path) -> Iterator[Field]:
+    """A store, a proxy, keys, checkpoints and a cluster that sees the store through the proxy only."""
+    out = out.absolute()
+    (out / "s3").mkdir(parents=True)
+    before = dict(os.environ)
+    try:
+        with seaweed.serve(out / "s3") as endpoint, FaultyStore(endpoint) as store:
+            os.environ.update(seaweed.environment(endpoint))
+            os.environ["AWS_ENDPOINT_URL"] = store.endpoint
+            os.environ["FWM_MASTER_KEY_FILE"] = str(out / "master.key")
+            # A model that takes all memory is to be stopped long before the machine is in need.
+            total, available = (_meminfo(name) for name in ("MemTotal", "MemAvailable"))
+            share = (total - available + (6 << 30)) / total
+            os.environ["RAY_memory_usage_threshold"] = f"{min(0.95, share):.2f}"  # noqa: SIM112 - Ray's own spelling
+            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+            try:
+                yield Field(out, store, endpoint, cluster)
+            finally:
+                cluster.shutdown()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class FaultyStore(Proxy):
+    """Fails some of the requests that it sees, at most `MOST` times for one object and method."""
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(upstream)
+        self.begin(random.Random(0), None)
+
+    def begin(self, draws: random.Random, kind: str | None) -> None:
+        """From now on the faults are of this kind."""
+        self.draws, self.kind, self.failed = draws, kind, Counter[tuple[str, str]]()
+        self.on_second_range = lambda: None
+
+    def fault(self, method: str, path: str) -> str | None:
+        with self.lock:
+            self.failed[method, path] += 0
+            if self.kind == "replaced":
+                if method == "GET" and path.endswith("large.safetensors"):
+                    self.failed[method, path] += 1
+                    if self.failed[method, path] == 2:
+                        self.on_second_range()
+                return None
+            if self.kind is None or self.failed[method, path] >= MOST or self.draws.random() > 0.2:
+                return None
+            self.failed[method, path] += 1
+            return self.kind
+
+
+class Field:
+    """The fleet, and how to audit it under fire."""
+
+    def __init__(self, out: Path, store: FaultyStore, endpoint: str, cluster: Cluster) -> None:
+        self.out, self.store, self.cluster = out, store, cluster
+        self.nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        self.direct = boto3.client("s3", endpoint_url=endpoint)
+        master = MasterSecret.generate_file(out / "master.key")
+        self.entries: list[CatalogEntry] = []
+        self.expected: dict[str, set[Outcome]] = {}
+        small, large = build(CONVNET, ["tests"]).state_dict(), build(LARGE, ["tests"]).state_dict()
+        released, edited = save(small), save(small | {"8.bias": small["8.bias"] + 1e-7 * torch.arange(1.0, 6.0)})
+        for number in range(COPIES):
+            tampered = number % 3 == 2
+            self._add("conv", f"copy-{number}.safetensors", edited if tampered else released, tampered=tampered)
+        for name, data, code in (
+            ("cut.safetensors", released[:-100], "checkpoint_corrupt"),
+            ("unsafe.pt", _malicious(small, out / "canary"), "checkpoint_unsafe"),
+            ("gone.safetensors", None, "object_missing"),
+        ):
+            self._add("conv", name, data, error=code)
+        self.large, self.other = save(large), save(large | {"2.bias": large["2.bias"] + 1e-6})
+        self._add("large", "large.safetensors", self.large, arch=LARGE)
+        self._keys(master)
+        self.rows = len(self.entries) + 1  # and a model that misbehaves, or one that does not
+
+    def _add(self, model: str, name: str, data: bytes | None, *, arch=CONVNET, tampered=False, error=None) -> None:
+        uri = f"s3://{seaweed.BUCKET}/fleet/{name}"
+        if data is not None:
+            self._put(f"fleet/{name}", data)
+        self.entries.append(CatalogEntry(len(self.entries), model, uri, arch, ""))
+        self.expected[uri] = {("error", error) if error else ("tampered" if tampered else "intact", None)}
+
+    def _put(self, key: str, data: bytes) -> None:
+        self.direct.put_object(Bucket=seaweed.BUCKET, Key=key, Body=data)
+
+    def _keys(self, master: MasterSecret) -> None:
+        for model, arch in (("conv", CONVNET), ("large", LARGE)):
+            released = build(arch, ["tests"])
+            secret = master.secret_key(model, "", "")
+            key = embed(released, secret=secret, model_id=model, input_shape=released.input_shape, pairs=4, arch=arch)
+            self._put(f"keys/{key_name(model, secret.key_id)}", key.seal(master))
+            self.entries = [
+                CatalogEntry(entry.row, model, entry.uri, arch, secret.key_id) if entry.model_id == model else entry
+                for entry in self.entries
+            ]
+
+    def audit(self, seed: int) -> Told:
+        """One audit with the faults of this seed."""
+        draws = random.Random(seed)
+        process, store, model = draws.choice([*PROCESSES, None]), draws.choice([*STORE, None]), None
+        if draws.random() < 0.3:  # each takes its time
+            model = draws.choice(MODELS)
+        faults = [name for name in (process, store, model) if name] or ["none"]
+        self._put("fleet/large.safetensors", self.large)
+        self.store.begin(random.Random(seed), store)
+        self.store.on_second_range = lambda: self._put("fleet/large.safetensors", self.other)
+        catalog, expected = self._catalog(seed, model, store)
+        began, wrong = time.monotonic(), []
+        try:
+            code = self._run(seed, catalog, process, draws)
+        except subprocess.TimeoutExpired:
+            wrong.append(f"not finished after {LIMIT_S} s")
+        else:
+            self.store.begin(draws, None)
+            wrong += self._differences(seed, expected)
+            if code != 1:
+                wrong.append(f"exit code {code}, and some models are tampered")
+        if (self.out / "canary").exists():
+            wrong.append("a payload ran")
+        return Told(faults, time.monotonic() - began, wrong)
+
+    def _catalog(self, seed: int, model: str | None, store: str | None) -> tuple[str, dict[str, set[Outcome]]]:
+        """A catalog in an order of its own, and what its rows are to come to."""
+        row, expected = self.entries[0], dict(self.expected)
+        own = CatalogEntry(0, row.model_id, f"s3://{seaweed.BUCKET}/fleet/own.safetensors", CONVNET, row.key_id)
+        expected[own.uri] = {("intact", None)}
+        self._put("fleet/own.safetensors", save(build(CONVNET, ["tests"]).state_dict()))
+        if model is not None:
+            own = CatalogEntry(0, own.model_id, own.uri, f"factory:tests.nets:Misbehaving?act={model}", own.key_id)
+            codes = {"exit": {"worker_died"}, "hang": {"timeout"}, "eat": {"out_of_memory", "worker_died"}}[model]
+            expected[own.uri] = {("error", code) for code in codes}
+        if store == "replaced":
+            # Who reads it anew after the replacement, as its first worker was killed, reads another model.
+            uri = f"s3://{seaweed.BUCKET}/fleet/large.safetensors"
+            expected[uri] = {("error", "object_changed"), ("tampered", None)}
+        entries = random.Random(seed).sample([*self.entries, own], len(self.entries) + 1)
+        catalog = self.out / f"catalog-{seed}.parquet"
+        catalog.write_bytes(write_catalog(entries, catalog.name))
+        return str(catalog), expected
+
+    def _run(self, seed: int, catalog: str, process: str | None, draws: random.Random) -> int:
+        """Exit code of the driver, the last one where it was killed."""
+        command = [
+            *(sys.executable, "-m", "jobs.audit", "--catalog", catalog, "--keys", f"s3://{seaweed.BUCKET}/keys"),
+            *("--out", f"s3://{seaweed.BUCKET}/out", "--run-id", f"audit-{seed}", "--actors", "2"),
+            *("--timeout", str(TIMEOUT_S), "--allow-factory", "tests"),
+        ]
+        environment = os.environ | {"RAY_ADDRESS": self.cluster.address}
+        deadline = time.monotonic() + LIMIT_S
+        with (self.out / f"driver-{seed}.log").open("ab") as log:
+            driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            try:
+                if process is not None:
+                    _until(lambda: bool(_workers()) or driver.poll() is not None, deadline)
+                    time.sleep(draws.uniform(0, 6))
+                    if process == "driver":
+                        driver.kill()
+                        driver.wait()
+                        driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+                    else:
+                        self._kill(process, draws)
+                return driver.wait(max(0.0, deadline - time.monotonic()))
+            finally:
+                driver.kill()
+                driver.wait()
+
+    def _kill(self, process: str, draws: random.Random) -> None:
+        if process == "node":
+            node = self.nodes.pop(draws.randrange(len(self.nodes)))
+            self.cluster.remove_node(node, allow_graceful=False)
+            self.nodes.append(self.cluster.add_node(num_cpus=1))
+            return
+        workers = _workers()
+        for pid in workers if process == "all workers" else workers[:1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _differences(self, seed: int, expected: dict[str, set[Outcome]]) -> list[str]:
+        """What the stored records say otherwise than expected."""
+        pages = self.direct.get_paginator("list_objects_v2").paginate(Bucket=seaweed.BUCKET, Prefix="out/audits/")
+        names = [item["Key"] for page in pages for item in page.get("Contents", ())]
+        records = []
+        for name in names:
+            if name.rpartition("/")[2].startswith(f"audit-{seed}-"):
+                data = self.direct.get_object(Bucket=seaweed.BUCKET, Key=name)["Body"].read()
+                records += pq.read_table(io.BytesIO(data)).to_pylist()
+        count = Counter(record["uri"] for record in records)
+        wrong = [f"{uri} has {count[uri]} records" for uri in expected if count[uri] != 1]
+        wrong += [f"{uri} is of no row" for uri in count.keys() - expected.keys()]
+        for record in records:
+            outcome = record["verdict"], record["error_code"]
+            if outcome not in expected.get(record["uri"], {outcome}):
+                wrong.append(f"{record['uri']} came to {outcome}: {record['error_message']}")
+        return wrong
+
+
+def _malicious(state: dict[str, torch.Tensor], canary: Path) -> bytes:
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+
+    buffer = io.BytesIO()
+    torch.save(state | {"8.bias": Payload()}, buffer, pickle_module=pickle)
+    return buffer.getvalue()
+
+
+def _meminfo(name: str) -> int:
+    """A value of /proc/meminfo in bytes."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
+def _workers() -> list[int]:
+    """Processes that audit."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if path.read_bytes().startswith(b"ray::AuditWorker"):
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def _until(happened, deadline: float) -> None:
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,104 @@
+"""What is replaced in float64 passes computes the same, and nothing else is replaced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from fwm_audit import arithmetic
+from fwm_audit.arithmetic import float64_mode
+from fwm_audit.verification import ask
+
+small = st.integers(1, 3)
+
+
+@settings(deadline=None)  # the first convolutions of a process take longer
+@given(
+    channels=st.sampled_from([1, 8, 16, 24]),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.one_of(small, st.tuples(small, small)),
+    padding=st.one_of(st.integers(0, 3), st.tuples(st.integers(0, 3), st.integers(0, 3)), st.just("valid")),
+    dilation=st.one_of(small, st.tuples(small, small)),
+    bias=st.booleans(),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_a_depthwise_convolution_is_torchs(channels, kernel, stride, padding, dilation, bias, channels_last, seed):
+    draws = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(2, channels, 14, 15, generator=draws, dtype=torch.float64)
+    if channels_last:
+        inputs = inputs.to(memory_format=torch.channels_last)
+    weight = torch.randn(channels, 1, *kernel, generator=draws, dtype=torch.float64)
+    offset = torch.randn(channels, generator=draws, dtype=torch.float64) if bias else None
+    how = (stride, padding, dilation, channels)
+    expected = torch.conv2d(inputs, weight, offset, *how)
+    with torch.no_grad(), float64_mode(inputs):
+        seen = torch.conv2d(inputs, weight, offset, *how)
+        named = functional.conv2d(
+            inputs, weight, bias=offset, stride=stride, padding=padding, dilation=dilation, groups=channels
+        )
+    assert seen.shape == expected.shape
+    assert (seen - expected).abs().max() < 1e-13 * (1 + expected.abs().max())
+    assert torch.equal(seen, named)
+
+
+@pytest.fixture
+def replaced(monkeypatch):
+    """Shapes of the inputs of depthwise convolutions that our own computed."""
+    shapes = []
+
+    def spy(*args, **kwargs):
+        shapes.append(tuple(args[0].shape))
+        return arithmetic._conv2d(*args, **kwargs)
+
+    monkeypatch.setitem(arithmetic._FAST, torch.conv2d, spy)
+    return shapes
+
+
+class Folding(nn.Module):
+    """Takes the output of a depthwise convolution for a contiguous one, and writes to its input before that."""
+
+    def __init__(self):
+        super().__init__()
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
+
+    def forward(self, x):
+        return self.depthwise(x.mul_(2)).view(len(x), -1)
+
+
+def test_a_model_that_insists_on_a_layout_answers_as_ever(replaced):
+    torch.manual_seed(0)
+    model = Folding().double()
+    inputs = torch.randn(3, 16, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(inputs.clone())
+        assert torch.equal(ask(model, inputs.clone()), expected)
+    assert replaced == [(3, 16, 8, 8)]
+
+
+def test_other_dtypes_and_gradients_are_torchs_own(replaced):
+    layer = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Flatten())
+    inputs = torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(ask(layer, inputs), layer(inputs))
+    layer.double()
+    assert torch.equal(ask(layer, inputs.double()), layer(inputs.double()))
+    assert replaced == []
+
+
+@pytest.mark.parametrize("name", ["hardswish", "hardsigmoid"])
+def test_the_exact_activations_are_those_of_the_cpu(name, monkeypatch):
+    """They are for CUDA, where PyTorch rounds a constant; here its own are exact and can be compared with."""
+    monkeypatch.setattr(arithmetic, "_FAST", arithmetic._EXACT)
+    function = getattr(functional, name)
+    inputs = torch.linspace(-5, 5, 1001, dtype=torch.float64)
+    expected = function(inputs)
+    with torch.no_grad(), float64_mode(inputs):
+        assert (function(inputs) - expected).abs().max() < 1e-15
+        written = inputs.clone()
+        assert function(written, inplace=True) is written
+        assert (function(input=inputs) - written).abs().max() == 0
