@@ -39,7 +39,11 @@ from fwm_audit.verification import as_float64, verify_copy
 log = logging.getLogger(__name__)
 
 _KEY_CACHE_BYTES: Final = 1 << 30
-_SKELETON_CACHE_BYTES: Final = 2 << 30
+_SKELETON_CACHE_BYTES: Final = 1 << 30
+#: The largest architecture that is kept, in float64: building one anew takes less than a copy of it would hold.
+_LARGEST_KEPT_BYTES: Final = 256 << 20
+#: Elements of a tensor that are compared at a time.
+_COMPARED: Final = 1 << 20
 #: The largest file that is fetched ahead: it lies in memory beside the one in work.
 _AHEAD_BYTES: Final = 64 << 20
 T = TypeVar("T")
@@ -62,8 +66,8 @@ class Auditor:
         self.master = MasterSecret.from_file(settings.master_key_file)
         cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
         self.device = torch.device("cuda" if cuda else "cpu")
-        self._keys: _Cache[tuple[TriggerSet, str]] = _Cache(_KEY_CACHE_BYTES)
-        self._skeletons: _Cache[nn.Module] = _Cache(_SKELETON_CACHE_BYTES)
+        self._keys: _Cache[tuple[TriggerSet, str]] = _Cache(_KEY_CACHE_BYTES, _KEY_CACHE_BYTES)
+        self._skeletons: _Cache[nn.Module] = _Cache(_SKELETON_CACHE_BYTES, _LARGEST_KEPT_BYTES)
         self._files = _Files(settings.base)
 
     def audit(
@@ -202,8 +206,8 @@ class Auditor:
         def make() -> nn.Module:
             return skeleton(arch, self.settings.allowed_factories)
 
-        pristine = self._skeletons.get(arch, make, lambda model: sum(t.nbytes for t in model.state_dict().values()))
-        return copy.deepcopy(pristine).to(self.device)
+        model = self._skeletons.get(arch, make, lambda model: sum(t.nbytes for t in model.state_dict().values()))
+        return (copy.deepcopy(model) if arch in self._skeletons.held else model).to(self.device)
 
 
 def skeleton(arch: str, allowed_factories: Sequence[str]) -> nn.Module:
@@ -231,12 +235,20 @@ def load(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
         for name, held in skeleton.state_dict().items():
-            if not torch.equal(held, tensors[name].to(held)):
+            if not _equal(held, tensors[name]):
                 raise CheckpointError(
                     ErrorCode.CHECKPOINT_MISMATCH,
                     f"{name[:80]!a} does not keep its tensor: it is tied to one that differs in the checkpoint, "
                     "or the architecture stores its weights elsewhere",
                 )
+
+
+def _equal(held: Tensor, given: Tensor) -> bool:
+    """Whether a tensor holds these values; without a second copy of a large one in its dtype."""
+    if held.shape != given.shape:
+        return False
+    parts = zip(held.reshape(-1).split(_COMPARED), given.reshape(-1).split(_COMPARED), strict=True)
+    return all(torch.equal(ours, theirs.to(ours)) for ours, theirs in parts)
 
 
 def _load_any(model: nn.Module, checkpoint: Checkpoint, triggers: TriggerSet) -> bool:
@@ -300,16 +312,19 @@ def _let_go(future: Future[tuple[storage.Fetched, float]]) -> None:
 
 @dataclass(slots=True)
 class _Cache(Generic[T]):
-    """Least recently used values up to a number of bytes; the newest stays whatever its size."""
+    """Least recently used values up to a number of bytes; those above `largest` are not held."""
 
     limit: int
+    largest: int
     held: OrderedDict[str, tuple[T, int]] = field(default_factory=OrderedDict)
 
     def get(self, name: str, make: Callable[[], T], size: Callable[[T], int]) -> T:
-        if name not in self.held:
-            value = make()
-            self.held[name] = (value, size(value))
-        self.held.move_to_end(name)
-        while len(self.held) > 1 and sum(bytes_ for _, bytes_ in self.held.values()) > self.limit:
-            self.held.popitem(last=False)
-        return self.held[name][0]
+        if name in self.held:
+            self.held.move_to_end(name)
+            return self.held[name][0]
+        value = make()
+        if (bytes_ := size(value)) <= self.largest:
+            self.held[name] = (value, bytes_)
+            while sum(held for _, held in self.held.values()) > self.limit:
+                self.held.popitem(last=False)
+        return value

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -117,9 +117,9 @@ class Target:
         """Fixed inputs [4, *shape], within the range but of no meaning."""
         return _plain_inputs(self.shape, self.range).to(dtype)
 
-    def run(self, model: nn.Module, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Logits [N, K] of a copy in `dtype` (None: that of the labels), as float64 on the CPU."""
-        return run(model, inputs.to(dtype or self.dtype), self.device).double()
+    def run(self, model: nn.Module, inputs: Tensor, dtype: torch.dtype | None = None, **how: Any) -> Tensor:
+        """Logits [N, K] of a copy in `dtype` (None: that of the labels), as float64 on the CPU; `how` is for `run`."""
+        return run(model, inputs.to(dtype or self.dtype), self.device, **how).double()
 
 
 def gap_and_lead(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,8 +135,9 @@ def executions(target: Target, model: nn.Module, inputs: Tensor) -> list[Callabl
     The last one is the other kind of processor.
     """
 
-    def in_parts(size: int) -> Tensor:
-        return torch.cat([target.run(model, part) for part in inputs.split(size)])
+    def pytorchs_own() -> Tensor | None:
+        # On CUDA they are not exact.
+        return None if target.device.type == "cuda" else target.run(model, inputs, batch=16, replaced=False)
 
     def other_threads() -> Tensor:
         threads = torch.get_num_threads()
@@ -159,9 +160,10 @@ def executions(target: Target, model: nn.Module, inputs: Tensor) -> list[Callabl
         return None
 
     return [
-        lambda: in_parts(len(inputs)),
-        lambda: in_parts(1),
-        lambda: in_parts(3),
+        lambda: target.run(model, inputs),
+        lambda: target.run(model, inputs, batch=1),
+        lambda: target.run(model, inputs, batch=16),
+        pytorchs_own,
         other_threads,
         channels_last,
         other_processor,
