@@ -169,7 +169,11 @@ class Field:
             ("gone.safetensors", None, "object_missing"),
         ):
             self._add("conv", name, data, error=code)
-        self.large, self.other = save(large), save(large | {"2.bias": large["2.bias"] + 1e-6})
+        order = torch.randperm(len(large["0.bias"]), generator=torch.Generator().manual_seed(0))
+        # The same function from other bytes: intact as a whole, and tampered where parts of both are mixed.
+        permuted = {"0.weight": large["0.weight"][order], "0.bias": large["0.bias"][order]}
+        self.large = save(large)
+        self.other = save(large | permuted | {"2.weight": large["2.weight"][:, order].contiguous()})
         self._add("large", "large.safetensors", self.large, arch=LARGE)
         self._keys(master)
         self.rows = len(self.entries) + 1  # and a model that misbehaves, or one that does not
@@ -201,14 +205,13 @@ class Field:
         process, store, model = draws.choice([*PROCESSES, None]), draws.choice([*STORE, None]), None
         if draws.random() < 0.3:  # each takes its time
             model = draws.choice(MODELS)
-        faults = [name for name in (process, store, model) if name] or ["none"]
         self._put("fleet/large.safetensors", self.large)
         self.store.begin(random.Random(seed), store)
         self.store.on_second_range = lambda: self._put("fleet/large.safetensors", self.other)
-        catalog, expected = self._catalog(seed, model, store)
-        began, wrong = time.monotonic(), []
+        catalog, expected = self._catalog(seed, store, model)
+        began, wrong, struck = time.monotonic(), [], process
         try:
-            code = self._run(seed, catalog, process, draws)
+            code, struck = self._run(seed, catalog, process, draws)
         except subprocess.TimeoutExpired:
             wrong.append(f"not finished after {LIMIT_S} s")
         else:
@@ -218,9 +221,10 @@ class Field:
                 wrong.append(f"exit code {code}, and some models are tampered")
         if (self.out / "canary").exists():
             wrong.append("a payload ran")
+        faults = [name for name in (struck, store, model) if name] or ["none"]
         return Told(faults, time.monotonic() - began, wrong)
 
-    def _catalog(self, seed: int, model: str | None, store: str | None) -> tuple[str, dict[str, set[Outcome]]]:
+    def _catalog(self, seed: int, store: str | None, model: str | None) -> tuple[str, dict[str, set[Outcome]]]:
         """A catalog in an order of its own, and what its rows are to come to."""
         row, expected = self.entries[0], dict(self.expected)
         own = CatalogEntry(0, row.model_id, f"s3://{seaweed.BUCKET}/fleet/own.safetensors", CONVNET, row.key_id)
@@ -231,16 +235,16 @@ class Field:
             codes = {"exit": {"worker_died"}, "hang": {"timeout"}, "eat": {"out_of_memory", "worker_died"}}[model]
             expected[own.uri] = {("error", code) for code in codes}
         if store == "replaced":
-            # Who reads it anew after the replacement, as its first worker was killed, reads another model.
+            # Who begins to read after the replacement, as another worker let go of it, reads another file, an intact one.
             uri = f"s3://{seaweed.BUCKET}/fleet/large.safetensors"
-            expected[uri] = {("error", "object_changed"), ("tampered", None)}
+            expected[uri] = {("error", "object_changed"), ("intact", None)}
         entries = random.Random(seed).sample([*self.entries, own], len(self.entries) + 1)
         catalog = self.out / f"catalog-{seed}.parquet"
         catalog.write_bytes(write_catalog(entries, catalog.name))
         return str(catalog), expected
 
-    def _run(self, seed: int, catalog: str, process: str | None, draws: random.Random) -> int:
-        """Exit code of the driver, the last one where it was killed."""
+    def _run(self, seed: int, catalog: str, process: str | None, draws: random.Random) -> tuple[int, str | None]:
+        """Exit code of the driver, the last one where it was killed, and what was killed before the end."""
         command = [
             *(sys.executable, "-m", "jobs.audit", "--catalog", catalog, "--keys", f"s3://{seaweed.BUCKET}/keys"),
             *("--out", f"s3://{seaweed.BUCKET}/out", "--run-id", f"audit-{seed}", "--actors", "2"),
@@ -253,28 +257,31 @@ class Field:
             try:
                 if process is not None:
                     _until(lambda: bool(_workers()) or driver.poll() is not None, deadline)
-                    time.sleep(draws.uniform(0, 6))
-                    if process == "driver":
+                    time.sleep(draws.uniform(0, 4))
+                    if driver.poll() is not None:
+                        process = None
+                    elif process == "driver":
                         driver.kill()
                         driver.wait()
                         driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
                     else:
-                        self._kill(process, draws)
-                return driver.wait(max(0.0, deadline - time.monotonic()))
+                        process = self._kill(process, draws)
+                return driver.wait(max(0.0, deadline - time.monotonic())), process
             finally:
                 driver.kill()
                 driver.wait()
 
-    def _kill(self, process: str, draws: random.Random) -> None:
+    def _kill(self, process: str, draws: random.Random) -> str | None:
         if process == "node":
             node = self.nodes.pop(draws.randrange(len(self.nodes)))
             self.cluster.remove_node(node, allow_graceful=False)
             self.nodes.append(self.cluster.add_node(num_cpus=1))
-            return
-        workers = _workers()
-        for pid in workers if process == "all workers" else workers[:1]:
+            return process
+        workers = _workers()[: None if process == "all workers" else 1]
+        for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        return process if workers else None
 
     def _differences(self, seed: int, expected: dict[str, set[Outcome]]) -> list[str]:
         """What the stored records say otherwise than expected."""
