@@ -36,6 +36,7 @@ from safetensors.torch import save
 from fwm_audit import MasterSecret, embed
 from fwm_audit.architectures import build
 from fwm_audit.catalog import CatalogEntry, write_catalog
+from fwm_audit.errors import ErrorCode
 from fwm_audit.key import key_name
 from tests import seaweed
 from tests.proxy import Proxy
@@ -164,9 +165,9 @@ class Field:
             tampered = number % 3 == 2
             self._add("conv", f"copy-{number}.safetensors", edited if tampered else released, tampered=tampered)
         for name, data, code in (
-            ("cut.safetensors", released[:-100], "checkpoint_corrupt"),
-            ("unsafe.pt", _malicious(small, out / "canary"), "checkpoint_unsafe"),
-            ("gone.safetensors", None, "object_missing"),
+            ("cut.safetensors", released[:-100], ErrorCode.CHECKPOINT_CORRUPT.value),
+            ("unsafe.pt", _malicious(small, out / "canary"), ErrorCode.CHECKPOINT_UNSAFE.value),
+            ("gone.safetensors", None, ErrorCode.OBJECT_MISSING.value),
         ):
             self._add("conv", name, data, error=code)
         order = torch.randperm(len(large["0.bias"]), generator=torch.Generator().manual_seed(0))
@@ -232,12 +233,13 @@ class Field:
         self._put("fleet/own.safetensors", save(build(CONVNET, ["tests"]).state_dict()))
         if model is not None:
             own = CatalogEntry(0, own.model_id, own.uri, f"factory:tests.nets:Misbehaving?act={model}", own.key_id)
-            codes = {"exit": {"worker_died"}, "hang": {"timeout"}, "eat": {"out_of_memory", "worker_died"}}[model]
-            expected[own.uri] = {("error", code) for code in codes}
+            codes = {"exit": [ErrorCode.WORKER_DIED], "hang": [ErrorCode.TIMEOUT]}
+            either = [ErrorCode.OUT_OF_MEMORY, ErrorCode.WORKER_DIED]
+            expected[own.uri] = {("error", code.value) for code in codes.get(model, either)}
         if store == "replaced":
-            # Who begins to read after the replacement, as another worker let go of it, reads another file, an intact one.
+            # Who begins to read after the replacement, as another worker let go of it, reads another intact file.
             uri = f"s3://{seaweed.BUCKET}/fleet/large.safetensors"
-            expected[uri] = {("error", "object_changed"), ("intact", None)}
+            expected[uri] = {("error", ErrorCode.OBJECT_CHANGED.value), ("intact", None)}
         entries = random.Random(seed).sample([*self.entries, own], len(self.entries) + 1)
         catalog = self.out / f"catalog-{seed}.parquet"
         catalog.write_bytes(write_catalog(entries, catalog.name))

@@ -6,8 +6,8 @@ import pytest
 
 from tests.benchmarks.chaos_audit import battlefield
 
-#: All workers killed and a busy store; a driver killed, a store that cuts answers off, and a model that crashes.
-SEEDS = (18, 24)
+#: The driver is killed, the store cuts answers off, and a model crashes its worker.
+SEED = 24
 
 
 @pytest.mark.s3
@@ -15,6 +15,6 @@ SEEDS = (18, 24)
 @pytest.mark.timeout(600)
 def test_whatever_is_killed_every_row_has_the_record_that_it_deserves(tmp_path):
     with battlefield(tmp_path / "field") as field:
-        for seed in SEEDS:
-            told = field.audit(seed)
-            assert told.wrong == []
+        told = field.audit(SEED)
+    assert told.faults == ["driver", "cut", "exit"]
+    assert told.wrong == []
