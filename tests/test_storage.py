@@ -261,7 +261,8 @@ class TestFaults:
         storage.replace(uri, BIG)
         proxy.script = lambda method, number: fault if method == "GET" and number in {0, 1, 3} else None
         assert fetched(uri) == BIG
-        assert proxy.seen.count("GET") == 6
+        # An answer that comes late is waited for, and nothing is asked again.
+        assert proxy.seen.count("GET") == (3 if fault == "stall" else 6)
 
     def test_a_short_write_to_the_spool_leaves_no_hole(self, s3, monkeypatch):
         uri = storage.join(s3, "model.pt")
