@@ -21,8 +21,8 @@ from fwm_audit.verification import ask, forget, verify_copy
 
 #: A rung whose delta is less than this many times its measured noise is refused.
 LEAST_NOISE_FACTOR: Final = 8
-#: delta of the finest rung in units of the measured noise: other machines' kernels add their own. In float64 all that
-#: were tried (CPU with and without oneDNN, CUDA with and without cuDNN and its search) differ by 1 to 13 roundings.
+#: delta of the finest rung in units of the measured noise: other machines' kernels add their own. In float64 the noise
+#: was alike on every processor tried; tests/benchmarks/results has it by network, CPU and GPU together.
 _NOISE_FACTOR: Final = {torch.float64: 128, torch.float32: 32}
 #: ... and in units of rounding of the largest logit, where this machine showed no noise at all.
 _ROUNDING_FACTOR: Final = {torch.float64: 128, torch.float32: 64}

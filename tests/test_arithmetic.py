@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from fwm_audit import arithmetic
+from fwm_audit import SecretKey, arithmetic, embed, verification
 from fwm_audit.arithmetic import float64_mode
-from fwm_audit.verification import ask
+from fwm_audit.verdict import RungCount
+from fwm_audit.verification import ask, float64_copy, verify_copy
+from tests import nets
 
 small = st.integers(1, 3)
 
@@ -102,3 +106,27 @@ def test_the_exact_activations_are_those_of_the_cpu(name, monkeypatch):
         written = inputs.clone()
         assert function(written, inplace=True) is written
         assert (function(input=inputs) - written).abs().max() == 0
+
+
+def test_on_a_processor_that_a_key_was_not_tried_on_the_cpu_has_the_last_word(monkeypatch):
+    """A GPU whose kernels compute less than float64 is stood in for; on a real one, tests/test_gpu.py does the same."""
+    model = nets.convnet()
+    key = embed(model, secret=SecretKey(bytes(32)), model_id="m", input_shape=model.input_shape, pairs=4, device="cpu")
+    count = verification._count
+
+    def counted(model, triggers, rung, device):
+        return RungCount(rung.triggers, (0,)) if device.type == "cuda" else count(model, triggers, rung, device)
+
+    monkeypatch.setattr(verification, "_count", counted)
+
+    def seen(model, measured):
+        known = dataclasses.replace(key, environment=key.environment | {"measured": measured})
+        twin = float64_copy(model, torch.device("cpu"))
+        return verify_copy(twin, known, "exact", variant="float32", device=torch.device("cuda"))
+
+    untried = seen(model, "cpu")
+    assert (untried.verdict, untried.device, untried.forward_passes) == ("intact", "cpu", 16)
+    assert (seen(model, "cpu cuda").verdict, seen(model, "cpu cuda").device) == ("tampered", "cuda")
+    with torch.no_grad():
+        model[8].bias[0] += 1e-6
+    assert (seen(model, "cpu").verdict, seen(model, "cpu").device) == ("tampered", "cpu")

@@ -175,6 +175,30 @@ def test_one_flipped_bit_is_tampered(world):
     assert record.matches + len(record.mismatched) == record.triggers
 
 
+def test_a_large_architecture_is_built_anew_and_no_copy_of_it_is_kept(world, monkeypatch):
+    monkeypatch.setattr(check, "_LARGEST_KEPT_BYTES", 1)
+    save_file(world.state | {"8.bias": world.state["8.bias"] + 1e-6 * torch.arange(5)}, world.folder / "moved.st")
+    auditor = Auditor(world.settings(), "w")
+    for name, verdict in (
+        ("released.safetensors", "intact"),
+        ("moved.st", "tampered"),
+        ("released.safetensors", "intact"),
+    ):
+        assert auditor.audit(world.entry(name), shard=0, attempt=1).verdict == verdict
+    assert not auditor._skeletons.held
+
+
+def test_a_difference_is_found_in_whichever_part(monkeypatch):
+    monkeypatch.setattr(check, "_COMPARED", 2)
+    given = torch.arange(7.0)
+    for at in range(7):
+        other = given.double()
+        assert check._equal(other, given)
+        other[at] += 1
+        assert not check._equal(other, given)
+    assert not check._equal(given[:6], given)
+
+
 def test_no_state_leaks_from_one_model_to_the_next(world):
     """A tampered model audited between two intact ones, on one worker with one cached skeleton."""
     flipped = {n: t + 1e-3 if t.is_floating_point() else t for n, t in world.state.items()}

@@ -132,7 +132,12 @@ def test_a_method_can_be_added_to_finished_tries(measured, tmp_path):
     few = tuple(method for method in network.methods if method != "ftg")
     evidence.measure(dataclasses.replace(network, methods=few), folder, None, math.inf)
     assert evidence.read_results(folder / "results.jsonl") == results
-    evidence.measure(network, folder, None, math.inf)
+    # By two processes that share the tries.
+    for part in (1, 2):
+        evidence.measure(network, folder, None, math.inf, share=(part, 2))
+    shares = [len(evidence.read_results(folder / f"results-{part}-of-2.jsonl")) for part in (1, 2)]
+    assert min(shares) > 0
+    assert abs(shares[0] - shares[1]) <= 1
 
     def order(row):
         return [str(row[name]) for name in ("kind", "edit", "seed", "method")]
