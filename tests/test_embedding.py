@@ -381,6 +381,8 @@ def group(rank, size, folder):
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
     torch.save([sum_of_units(Peers.current(), count) for count in COUNTS], folder / f"{rank}.pt")
     embedded(nets.convnet(), **SHARED).save(folder / f"{rank}.fwmkey", master=MasterSecret(bytes(range(32))))
+    # Gloo's threads would still run when the process ends, which it may not survive.
+    torch.distributed.destroy_process_group()
 
 
 def units(count):
