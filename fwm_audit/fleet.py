@@ -176,8 +176,10 @@ class AuditWorker:
         # Here, because the driver imports this module too and has no use for 500 MB of torch and timm.
         import torch  # noqa: PLC0415
 
+        from fwm_audit.arithmetic import keep_freed_memory  # noqa: PLC0415
         from fwm_audit.check import Auditor  # noqa: PLC0415
 
+        keep_freed_memory()
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, int(cpus)))
