@@ -86,17 +86,15 @@ def _conv2d(
     PyTorch has no kernel for depthwise convolutions in float64 on CPUs and multiplies matrices of one
     row, one for each channel. It is most of the time that a MobileNet or an EfficientNet takes.
     """
-    plain = (input, weight, bias, stride, padding, dilation, groups)
     channels = input.shape[1] if input.dim() == 4 else 0
-    if not channels or isinstance(padding, str):
-        return torch.conv2d(*plain)
-    strides, paddings, dilations = map(_pair, (stride, padding, dilation))
-    if groups == channels == weight.shape[0] and channels >= _CHANNELS:
-        return _depthwise(input, weight, bias, strides, paddings, dilations)
-    pointwise = weight.shape[2:] == (1, 1) and strides == (1, 1) and paddings == (0, 0) and groups == 1
-    if pointwise and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
-        return functional.linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return torch.conv2d(*plain)
+    if channels and not isinstance(padding, str):
+        strides, paddings, dilations = map(_pair, (stride, padding, dilation))
+        if groups == channels == weight.shape[0] and channels >= _CHANNELS:
+            return _depthwise(input, weight, bias, strides, paddings, dilations)
+        pointwise = weight.shape[2:] == (1, 1) and strides == (1, 1) and paddings == (0, 0) and groups == 1
+        if pointwise and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+            return functional.linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _depthwise(

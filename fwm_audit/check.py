@@ -11,39 +11,37 @@ to `intact` except labels that agree.
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fwm_audit import storage
-from fwm_audit.architectures import build
 from fwm_audit.catalog import CatalogEntry
 from fwm_audit.checkpoint import Checkpoint, fit, open_checkpoint
-from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, KeyFileError
+from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, KeyFileError, ModelError
 from fwm_audit.folding import without_norms
 from fwm_audit.key import MasterSecret, fingerprint, key_name, retirement_name
 from fwm_audit.records import AuditRecord, AuditSettings, carried, error_record, make_record, versions
 from fwm_audit.triggers import TriggerSet
 from fwm_audit.verdict import Verdict
-from fwm_audit.verification import as_float64, verify_copy
+from fwm_audit.verification import Verification, verify_copy
+from fwm_audit.weights import Widened, held_bytes, load, loaded_bytes, skeleton, twin
 
 log = logging.getLogger(__name__)
 
 _KEY_CACHE_BYTES: Final = 1 << 30
-_SKELETON_CACHE_BYTES: Final = 1 << 30
-#: The largest architecture that is kept, in float64: building one anew takes less than a copy of it would hold.
-_LARGEST_KEPT_BYTES: Final = 256 << 20
-#: Elements of a tensor that are compared at a time.
-_COMPARED: Final = 1 << 20
+#: Architectures are kept without memory for their weights, so that this is room for very many.
+_SKELETON_CACHE_BYTES: Final = 256 << 20
+#: From here on, in float64, weights are not all converted at once.
+_LARGE_BYTES: Final = 256 << 20
 #: The largest file that is fetched ahead: it lies in memory beside the one in work.
 _AHEAD_BYTES: Final = 64 << 20
 T = TypeVar("T")
@@ -66,8 +64,8 @@ class Auditor:
         self.master = MasterSecret.from_file(settings.master_key_file)
         cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
         self.device = torch.device("cuda" if cuda else "cpu")
-        self._keys: _Cache[tuple[TriggerSet, str]] = _Cache(_KEY_CACHE_BYTES, _KEY_CACHE_BYTES)
-        self._skeletons: _Cache[nn.Module] = _Cache(_SKELETON_CACHE_BYTES, _LARGEST_KEPT_BYTES)
+        self._keys: _Cache[tuple[TriggerSet, str]] = _Cache(_KEY_CACHE_BYTES)
+        self._skeletons: _Cache[nn.Module] = _Cache(_SKELETON_CACHE_BYTES)
         self._files = _Files(settings.base)
 
     def audit(
@@ -131,11 +129,13 @@ class Auditor:
             started = clock()
             checkpoint = open_checkpoint(fetched.path)
             facts |= {"container": checkpoint.container.value, "dtype": checkpoint.dtype}
-            folded = _load_any(model, checkpoint, triggers)
+            wide = triggers.arithmetic == "float64" and loaded_bytes(model) > _LARGE_BYTES
+            as_stored = wide and self.device.type == "cpu"
+            model, folded = _load_any(model, checkpoint, triggers, self.device, as_stored=as_stored)
             variant = triggers.variant_for(checkpoint.dtype, folded=folded)
             facts |= {"load_ms": 1e3 * (clock() - started), "variant": variant}
-        started = clock()
-        seen = verify_copy(model, triggers, self.settings.tolerance, variant=variant, device=self.device)
+            started = clock()
+            seen = self._verify(model, triggers, variant)
         facts |= {
             "verdict": seen.verdict,
             "displacement": seen.displacement,
@@ -149,6 +149,15 @@ class Auditor:
             "device": seen.device,
         }
         return make_record(self.settings, entry, shard=shard, attempt=attempt, worker=self.worker, **facts)
+
+    def _verify(self, model: nn.Module, triggers: TriggerSet, variant: str) -> Verification:
+        try:
+            return verify_copy(model, triggers, self.settings.tolerance, variant=variant, device=self.device)
+        except ModelError as error:
+            if not isinstance(model, Widened) or error.code is not ErrorCode.MODEL_UNSUITABLE:
+                raise
+        # It needs weights that are in float64 themselves.
+        return verify_copy(model.whole(), triggers, self.settings.tolerance, variant=variant, device=self.device)
 
     def _unchanged(self, entry: CatalogEntry, before: AuditRecord) -> bool:
         """Whether an earlier record says of this entry what an audit with the same software would say again."""
@@ -206,72 +215,30 @@ class Auditor:
         def make() -> nn.Module:
             return skeleton(arch, self.settings.allowed_factories)
 
-        model = self._skeletons.get(arch, make, lambda model: sum(t.nbytes for t in model.state_dict().values()))
-        return (copy.deepcopy(model) if arch in self._skeletons.held else model).to(self.device)
+        return twin(self._skeletons.get(arch, make, held_bytes))
 
 
-def skeleton(arch: str, allowed_factories: Sequence[str]) -> nn.Module:
-    """The architecture in float64 with weights yet to be loaded, as embedding and audit both use it.
-
-    Built on the CPU in the library's own dtype, so that buffers which no checkpoint holds get the
-    same values on both sides.
-
-    Raises:
-        ArchitectureError: As `architectures.build`.
-        ModelError: It holds complex numbers.
-    """
-    return as_float64(build(arch, allowed_factories), torch.device("cpu"))
-
-
-def load(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put fitted tensors into a float64 skeleton, which rounds nothing, and make sure that it holds them.
-
-    Raises:
-        CheckpointError: It holds something else afterwards: parameters that are one in the architecture
-            differ in the checkpoint, or the module keeps its weights elsewhere than in its state dict.
-    """
-    with torch.no_grad():
-        state = skeleton.state_dict()
-        for name, tensor in tensors.items():
-            state[name].copy_(tensor)
-        for name, held in skeleton.state_dict().items():
-            if not _equal(held, tensors[name]):
-                raise CheckpointError(
-                    ErrorCode.CHECKPOINT_MISMATCH,
-                    f"{name[:80]!a} does not keep its tensor: it is tied to one that differs in the checkpoint, "
-                    "or the architecture stores its weights elsewhere",
-                )
-
-
-def _equal(held: Tensor, given: Tensor) -> bool:
-    """Whether a tensor holds these values; without a second copy of a large one in its dtype."""
-    if held.shape != given.shape:
-        return False
-    parts = zip(held.reshape(-1).split(_COMPARED), given.reshape(-1).split(_COMPARED), strict=True)
-    return all(torch.equal(ours, theirs.to(ours)) for ours, theirs in parts)
-
-
-def _load_any(model: nn.Module, checkpoint: Checkpoint, triggers: TriggerSet) -> bool:
+def _load_any(
+    model: nn.Module, checkpoint: Checkpoint, triggers: TriggerSet, device: torch.device, *, as_stored: bool
+) -> tuple[nn.Module, bool]:
     """Load a checkpoint of the released form or, where the key declares that, with batch norms folded away.
 
     Returns:
-        Whether it was the folded form, into whose shape the module was brought then.
+        The module, and whether it was the folded form, into whose shape it was brought then.
     """
     try:
-        load(model, fit(checkpoint, model.state_dict()))
+        return load(model, fit(checkpoint, model.state_dict()), device, as_stored=as_stored), False
     except CheckpointError as error:
         if not triggers.folds or error.code is not ErrorCode.CHECKPOINT_MISMATCH:
             raise
         released = error
-    else:
-        return False
     try:
-        load(without_norms(model, triggers.folds), fit(checkpoint, model.state_dict()))
+        model = without_norms(model, triggers.folds)
+        return load(model, fit(checkpoint, model.state_dict()), device, as_stored=as_stored), True
     except AttributeError:  # the catalog names another architecture than the key's
         raise released from None
     except CheckpointError as error:
         raise (released if error.code is ErrorCode.CHECKPOINT_MISMATCH else error) from None
-    return True
 
 
 class _Files:
@@ -312,19 +279,16 @@ def _let_go(future: Future[tuple[storage.Fetched, float]]) -> None:
 
 @dataclass(slots=True)
 class _Cache(Generic[T]):
-    """Least recently used values up to a number of bytes; those above `largest` are not held."""
+    """Least recently used values whose sizes add up to a limit; the newest is always held."""
 
     limit: int
-    largest: int
     held: OrderedDict[str, tuple[T, int]] = field(default_factory=OrderedDict)
 
     def get(self, name: str, make: Callable[[], T], size: Callable[[T], int]) -> T:
-        if name in self.held:
-            self.held.move_to_end(name)
-            return self.held[name][0]
-        value = make()
-        if (bytes_ := size(value)) <= self.largest:
-            self.held[name] = (value, bytes_)
-            while sum(held for _, held in self.held.values()) > self.limit:
-                self.held.popitem(last=False)
-        return value
+        if name not in self.held:
+            value = make()
+            self.held[name] = value, size(value)
+        self.held.move_to_end(name)
+        while len(self.held) > 1 and sum(held for _, held in self.held.values()) > self.limit:
+            self.held.popitem(last=False)
+        return self.held[name][0]

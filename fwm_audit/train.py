@@ -31,7 +31,6 @@ from ray.util.state.exception import RayStateApiException
 
 from fwm_audit import storage
 from fwm_audit.architectures import input_shape
-from fwm_audit.check import load, skeleton
 from fwm_audit.checkpoint import fit, open_checkpoint
 from fwm_audit.embedding import embed
 from fwm_audit.errors import (
@@ -49,6 +48,7 @@ from fwm_audit.task import Embedded, EmbedTask, Progress
 from fwm_audit.triggers import TriggerSet
 from fwm_audit.verdict import Verdict
 from fwm_audit.verification import verify_copy
+from fwm_audit.weights import load, skeleton
 
 log = logging.getLogger(__name__)
 
@@ -290,8 +290,7 @@ def _load(task: EmbedTask) -> tuple[torch.nn.Module, str, str]:
                 ErrorCode.CHECKPOINT_OTHER,
                 f"{task.checkpoint} is not the file that the list of models names: its SHA-256 differs",
             )
-        load(model, fit(checkpoint, model.state_dict()))
-        return model, checkpoint.dtype, fetched.sha256
+        return load(model, fit(checkpoint, model.state_dict())), checkpoint.dtype, fetched.sha256
 
 
 def _rank() -> int:

@@ -217,6 +217,20 @@ class Elsewhere(nn.Module):
         return self.body(x)
 
 
+class WritingToItself(nn.Module):
+    """Writes to a weight while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_shape = (3, 16, 16)
+        self.body = convnet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.body[8].weight.mul_(1)
+        return self.body(x)
+
+
 class Remembering(nn.Module):
     """Keeps a product of its weights in a plain attribute once it has run, whatever is loaded later."""
 

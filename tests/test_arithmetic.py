@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -18,32 +18,42 @@ from fwm_audit.verification import ask, float64_copy, verify_copy
 from tests import nets
 
 small = st.integers(1, 3)
+POINTWISE = {
+    "channels": 8, "kernel": (1, 1), "stride": 1, "padding": 0, "dilation": 1, "depthwise": False, "bias": True,
+    "channels_last": True, "seed": 0,
+}  # fmt: skip
 
 
 @settings(deadline=None)  # the first convolutions of a process take longer
 @given(
     channels=st.sampled_from([1, 8, 16, 24]),
-    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    kernel=st.one_of(st.just((1, 1)), st.tuples(st.integers(1, 5), st.integers(1, 5))),
     stride=st.one_of(small, st.tuples(small, small)),
-    padding=st.one_of(st.integers(0, 3), st.tuples(st.integers(0, 3), st.integers(0, 3)), st.just("valid")),
+    padding=st.one_of(st.just(0), st.integers(0, 3), st.tuples(st.integers(0, 3), st.integers(0, 3)), st.just("valid")),
     dilation=st.one_of(small, st.tuples(small, small)),
+    depthwise=st.booleans(),
     bias=st.booleans(),
     channels_last=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_a_depthwise_convolution_is_torchs(channels, kernel, stride, padding, dilation, bias, channels_last, seed):
+@example(**POINTWISE)
+@example(**POINTWISE | {"bias": False})
+@example(**POINTWISE | {"stride": 2})
+@example(**POINTWISE | {"padding": 1})
+def test_a_convolution_is_torchs(channels, kernel, stride, padding, dilation, depthwise, bias, channels_last, seed):
     draws = torch.Generator().manual_seed(seed)
     inputs = torch.randn(2, channels, 14, 15, generator=draws, dtype=torch.float64)
     if channels_last:
         inputs = inputs.to(memory_format=torch.channels_last)
-    weight = torch.randn(channels, 1, *kernel, generator=draws, dtype=torch.float64)
-    offset = torch.randn(channels, generator=draws, dtype=torch.float64) if bias else None
-    how = (stride, padding, dilation, channels)
+    groups, answers = (channels, channels) if depthwise else (1, 9)
+    weight = torch.randn(answers, channels // groups, *kernel, generator=draws, dtype=torch.float64)
+    offset = torch.randn(answers, generator=draws, dtype=torch.float64) if bias else None
+    how = (stride, padding, dilation, groups)
     expected = torch.conv2d(inputs, weight, offset, *how)
     with torch.no_grad(), float64_mode(inputs):
         seen = torch.conv2d(inputs, weight, offset, *how)
         named = functional.conv2d(
-            inputs, weight, bias=offset, stride=stride, padding=padding, dilation=dilation, groups=channels
+            inputs, weight, bias=offset, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
     assert seen.shape == expected.shape
     assert (seen - expected).abs().max() < 1e-13 * (1 + expected.abs().max())

@@ -24,6 +24,7 @@ from fwm_audit.task import EmbedTask
 from fwm_audit.train import embed_model
 from fwm_audit.triggers import TriggerSet
 from fwm_audit.verdict import Tolerance
+from fwm_audit.weights import Widened
 
 ARCH = "factory:tests.nets:convnet"
 
@@ -175,28 +176,30 @@ def test_one_flipped_bit_is_tampered(world):
     assert record.matches + len(record.mismatched) == record.triggers
 
 
-def test_a_large_architecture_is_built_anew_and_no_copy_of_it_is_kept(world, monkeypatch):
-    monkeypatch.setattr(check, "_LARGEST_KEPT_BYTES", 1)
-    save_file(world.state | {"8.bias": world.state["8.bias"] + 1e-6 * torch.arange(5)}, world.folder / "moved.st")
+@pytest.mark.parametrize("arch", [ARCH, "factory:tests.nets:WritingToItself"])
+def test_large_models_are_judged_with_weights_as_stored(world, tmp_path, monkeypatch, arch):
+    """Or, where the module does not allow for that, with widened ones: the verdicts are the same."""
+    if arch != ARCH:
+        world = _published(tmp_path, arch, build(arch, ["tests"]).state_dict(), variants=("float16",))
+    monkeypatch.setattr(check, "_LARGE_BYTES", 1)
+    whole = []
+    monkeypatch.setattr(Widened, "whole", lambda self, whole=Widened.whole: whole_of(self, whole))
+
+    def whole_of(model, function):
+        whole.append(model)
+        return function(model)
+
+    name = max(world.state, key=lambda name: world.state[name].numel())
+    moved = world.state[name].clone()
+    moved.view(torch.int32).view(-1)[17] ^= 1 << 12
+    save_file(world.state | {name: moved}, world.folder / "large-moved.st")
+    save_file({n: t.half() if t.is_floating_point() else t for n, t in world.state.items()}, world.folder / "half.st")
     auditor = Auditor(world.settings(), "w")
-    for name, verdict in (
-        ("released.safetensors", "intact"),
-        ("moved.st", "tampered"),
-        ("released.safetensors", "intact"),
-    ):
-        assert auditor.audit(world.entry(name), shard=0, attempt=1).verdict == verdict
-    assert not auditor._skeletons.held
-
-
-def test_a_difference_is_found_in_whichever_part(monkeypatch):
-    monkeypatch.setattr(check, "_COMPARED", 2)
-    given = torch.arange(7.0)
-    for at in range(7):
-        other = given.double()
-        assert check._equal(other, given)
-        other[at] += 1
-        assert not check._equal(other, given)
-    assert not check._equal(given[:6], given)
+    names = ["released.safetensors", "large-moved.st", "half.st", "released.safetensors"]
+    seen = [auditor.audit(world.entry(name, arch=arch), shard=0, attempt=1) for name in names]
+    assert [record.verdict for record in seen] == ["intact", "tampered", "intact", "intact"]
+    assert seen[2].variant == "float16"
+    assert len(whole) == (0 if arch == ARCH else 4)
 
 
 def test_no_state_leaks_from_one_model_to_the_next(world):
