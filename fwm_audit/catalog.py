@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -33,6 +34,9 @@ _MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+
 _KEY_ID = re.compile(r"[0-9a-f]{16}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_NAME = 512
+_MAX_URI = 4096
+#: Schemes of fsspec whose hosts are not for the URI to choose.
+STORES: Final = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +72,47 @@ def check_model_id(model_id: str) -> str:
     return model_id
 
 
-def read_catalog(data: bytes, name: str, *, keyed: bool = True) -> tuple[CatalogEntry, ...]:
+def check_uri(uri: str, *, local: bool) -> str:
+    """`uri` itself if a catalog may name it: an object in a store or, where that is allowed, a local file.
+
+    Whoever writes a catalog must not make workers ask hosts of his choice (a cloud's metadata service among
+    them), open what lies on their disks, or chain fsspec's file systems.
+
+    Raises:
+        CatalogError: It is something else.
+    """
+    scheme, colon, rest = uri.partition("://")
+    # Control characters and those that change the direction of text have no business in a terminal or a report.
+    unseen = any(unicodedata.category(character) in {"Cc", "Cf", "Cs"} for character in uri)
+    if not uri or len(uri) > _MAX_URI or unseen or (colon and not rest):
+        raise CatalogError(
+            ErrorCode.CATALOG_ROW, f"the row has no uri, or one of other than 1 to {_MAX_URI} visible characters"
+        )
+    if "::" in uri or (colon and scheme not in {*STORES, "file"}):
+        raise CatalogError(
+            ErrorCode.URI_NOT_ALLOWED,
+            f"{uri[:120]!a} is in no object store: {', '.join(sorted(STORES))} are read, chained URIs are not",
+        )
+    if not local and (not colon or scheme == "file"):
+        raise CatalogError(
+            ErrorCode.URI_NOT_ALLOWED,
+            f"{uri[:120]!a} is a local file, named by a catalog that is not: pass --allow-local if workers may open it",
+        )
+    return uri
+
+
+def is_local(uri: str) -> bool:
+    """Whether a URI names a local file."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def read_catalog(data: bytes, name: str, *, keyed: bool = True, allow_local: bool = False) -> tuple[CatalogEntry, ...]:
     """The entries of a catalog file, in its order.
 
     Args:
         data: The file's bytes.
-        name: Its name; the ending tells the format.
+        name: Its URI; the ending tells the format. A local catalog may name local files.
+        allow_local: Whether any other may, too.
         keyed: Whether each row has to name a key; in a list of models to watermark, `key_id` is ignored.
 
     Raises:
@@ -85,7 +124,8 @@ def read_catalog(data: bytes, name: str, *, keyed: bool = True) -> tuple[Catalog
     seen: dict[tuple[str, str, str], int] = {}
     if not keyed:
         rows = [{**row, "key_id": None} for row in rows]
-    return tuple(_entry(number, row, seen, keyed=keyed) for number, row in enumerate(rows))
+    local = allow_local or is_local(name)
+    return tuple(_entry(number, row, seen, keyed=keyed, local=local) for number, row in enumerate(rows))
 
 
 def add_entries(data: bytes | None, name: str, entries: Iterable[CatalogEntry]) -> bytes:
@@ -199,7 +239,9 @@ def _json_rows(data: bytes, name: str, required: Sequence[str]) -> Sequence[Mapp
     return rows
 
 
-def _entry(number: int, row: Mapping[str, Any], seen: dict[tuple[str, str, str], int], *, keyed: bool) -> CatalogEntry:
+def _entry(
+    number: int, row: Mapping[str, Any], seen: dict[tuple[str, str, str], int], *, keyed: bool, local: bool
+) -> CatalogEntry:
     # Lone surrogates, which JSON can spell, fit into no UTF-8 record: they are replaced here.
     given = {column: "" if row.get(column) is None else str(row[column]) for column in REQUIRED}
     text = {column: value.encode(errors="replace").decode() for column, value in given.items()}
@@ -211,8 +253,7 @@ def _entry(number: int, row: Mapping[str, Any], seen: dict[tuple[str, str, str],
         if text != given:
             raise CatalogError(ErrorCode.CATALOG_ROW, "the row holds characters that are not Unicode text")
         check_model_id(text["model_id"])
-        if not text["uri"]:
-            raise CatalogError(ErrorCode.CATALOG_ROW, "the row has no uri")
+        check_uri(text["uri"], local=local)
         if keyed and not text["key_id"]:
             raise CatalogError(
                 ErrorCode.KEY_MISSING,

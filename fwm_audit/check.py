@@ -94,11 +94,10 @@ class Auditor:
                 return carried(self.settings, entry, before, shard=shard, attempt=attempt, worker=self.worker)
             return self._audit(entry, shard, attempt, ahead, facts)
         except FwmError as error:
-            known = error
-        except (MemoryError, torch.OutOfMemoryError):
-            known = FwmError(
-                ErrorCode.OUT_OF_MEMORY, "the model does not fit into this worker's memory: give workers more"
-            )
+            # Not the error itself: its traceback holds this frame and, until the collector comes, the checkpoint.
+            known = FwmError(error.code, error.message)
+        except (MemoryError, torch.OutOfMemoryError, storage.TooLargeError):
+            known = _too_large()
         except Exception as error:  # noqa: BLE001 - see below
             # A checkpoint is hostile input: whatever it breaks is a finding about it, not about the run.
             # The message stays unsaid, here and in the log: it could quote triggers.
@@ -112,9 +111,14 @@ class Auditor:
     ) -> AuditRecord:
         triggers, key_fingerprint = self._key(entry)
         facts |= {"key_fingerprint": key_fingerprint, "method": triggers.method, "device": str(self.device)}
-        model = self._skeleton(entry.arch or triggers.arch)
+        fetching = self._files.take(entry.uri, self.settings.memory_bytes)
+        try:
+            model = self._skeleton(entry.arch or triggers.arch)
+        except BaseException:
+            fetching.add_done_callback(_let_go)
+            raise
         clock = time.perf_counter
-        fetched, seconds = self._files.take(entry.uri)
+        fetched, seconds = fetching.result()
         with fetched:
             if ahead is not None:
                 self._files.fetch_ahead(ahead.uri)
@@ -218,6 +222,13 @@ class Auditor:
         return twin(self._skeletons.get(arch, make, held_bytes))
 
 
+def _too_large() -> FwmError:
+    return FwmError(
+        ErrorCode.OUT_OF_MEMORY,
+        "the checkpoint, or what is computed with it, does not fit into this worker's memory: --memory gives it more",
+    )
+
+
 def _load_any(
     model: nn.Module, checkpoint: Checkpoint, triggers: TriggerSet, device: torch.device, *, as_stored: bool
 ) -> tuple[nn.Module, bool]:
@@ -242,26 +253,22 @@ def _load_any(
 
 
 class _Files:
-    """Fetched files with the seconds that took, one of them ahead of its time by a thread of its own."""
+    """Fetched files with the seconds that took, by a thread of its own; one of them ahead of its time."""
 
     def __init__(self, base: str) -> None:
         self._base = base
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fetch-ahead")
         self._ahead: tuple[str, Future[tuple[storage.Fetched, float]]] | None = None
 
-    def take(self, uri: str) -> tuple[storage.Fetched, float]:
-        """The file of this URI.
-
-        Raises:
-            StorageError: As `storage.fetch`.
-        """
+    def take(self, uri: str, at_most: int | None) -> Future[tuple[storage.Fetched, float]]:
+        """The file of this URI, when it is there; the errors of `storage.fetch` are its errors."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == uri:
-            with contextlib.suppress(storage.TooLargeError):
-                return ahead[1].result()
+            if not isinstance(ahead[1].exception(), storage.TooLargeError):
+                return ahead[1]
         elif ahead is not None:  # another worker has it now
             ahead[1].add_done_callback(_let_go)
-        return self._fetch(uri, None)
+        return self._thread.submit(self._fetch, uri, at_most)
 
     def fetch_ahead(self, uri: str) -> None:
         """Begin with the file that is likely to be taken next."""

@@ -7,14 +7,16 @@ full unpickler, whatever the file says, because unpickling runs code of the file
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
+import stat
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import safetensors
 import safetensors.torch
@@ -24,10 +26,10 @@ from fwm_audit.errors import CheckpointError, ErrorCode
 
 _ZIP_MAGIC: Final = b"PK\x03\x04"
 _PICKLE_MAGIC: Final = re.compile(rb"\x80[\x02-\x05]")
-#: The limit of the safetensors format itself.
-_MAX_SAFETENSORS_HEADER: Final = 100_000_000
-#: Two orders of magnitude above the tensors of the largest models; a listing this long takes seconds.
-_MAX_ZIP_MEMBERS: Final = 100_000
+#: Two orders of magnitude above the tensors of the largest models, and what it takes to list so many.
+_MAX_TENSORS: Final = 100_000
+_MAX_LISTING_BYTES: Final = 32 << 20
+_END_OF_ZIP, _END_OF_ZIP64, _ZIP64_LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _FLOATING: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _WRAPPERS: Final = ("state_dict", "model")
 #: DistributedDataParallel and torch.compile, in either order.
@@ -126,7 +128,7 @@ def _container(head: bytes) -> Container:
     if head.startswith(_ZIP_MAGIC):
         return Container.TORCH_ZIP
     # A length beyond the end of the file is a cut-short safetensors file: its loader says so.
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_SAFETENSORS_HEADER:
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_LISTING_BYTES:
         return Container.SAFETENSORS
     if _PICKLE_MAGIC.match(head):
         raise CheckpointError(
@@ -138,7 +140,10 @@ def _container(head: bytes) -> Container:
 
 def _load_safetensors(path: str) -> dict[str, torch.Tensor]:
     try:
+        _check_header(path)
         tensors: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # the header is hostile input, and its errors come from three libraries
         raise _corrupt(error) from error
     return tensors
@@ -160,8 +165,31 @@ def _load_torch_zip(path: str) -> Any:
         raise _corrupt(error) from error
 
 
+def _check_header(path: str) -> None:
+    """Refuse a header that names a tensor twice, of which loaders keep one or the other, or too many.
+
+    Raises:
+        CheckpointError: It does.
+        ValueError: It is no JSON.
+    """
+    with open(path, "rb") as file:  # noqa: PTH123  # as above
+        text = file.read(int.from_bytes(file.read(8), "little"))
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) != len(pairs) or len(pairs) > _MAX_TENSORS:
+            raise CheckpointError(
+                ErrorCode.CHECKPOINT_UNSAFE,
+                f"its header names a tensor twice, or over {_MAX_TENSORS} of them: {_RESAVE}",
+            )
+        return found
+
+    json.loads(text, object_pairs_hook=unique)
+
+
 def _check_archive(path: str) -> None:
     """Refuse what torch.save does not write, before torch sees it.
+
+    What is listed here is what torch will read: there is one directory, at the end, and it is told in one way.
 
     Raises:
         CheckpointError: The archive is damaged, compressed, ambiguous, oversized or TorchScript.
@@ -169,23 +197,86 @@ def _check_archive(path: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            directory, comment = archive.start_dir, archive.comment
+        names = [member.filename.partition("/")[2] for member in members]
     except Exception as error:  # zipfile lets struct.error, ValueError and more through
         raise _corrupt(error) from error
-    names = [member.filename.partition("/")[2] for member in members]
     if "data.pkl" not in names:
         raise CheckpointError(ErrorCode.CONTAINER_UNKNOWN, f"a zip archive, but not of torch.save: {_RESAVE}")
     if any(name == "constants.pkl" or name.startswith("code/") for name in names):
         raise CheckpointError(ErrorCode.CHECKPOINT_UNSAFE, f"a TorchScript archive holds code: {_RESAVE}")
-    if (
-        len(members) > _MAX_ZIP_MEMBERS
-        or len(set(names)) != len(names)
-        or any(member.compress_type != zipfile.ZIP_STORED for member in members)
-        or sum(member.file_size for member in members) > os.path.getsize(path)  # noqa: PTH202  # as above
-    ):
+    size = os.path.getsize(path)  # noqa: PTH202  # as above
+    pickled = max(member.file_size for member, name in zip(members, names, strict=True) if name == "data.pkl")
+    with open(path, "rb") as file:  # noqa: PTH123  # as above
+        unusual = (
+            comment
+            or len(members) > _MAX_TENSORS
+            or pickled > _MAX_LISTING_BYTES
+            or len({member.filename.partition("/")[0] for member in members}) != 1
+            or len(set(names)) != len(names)
+            or not all(map(_is_plain, members))
+            or sum(member.file_size for member in members) > size
+            or directory != _directory(file, size)
+            or not _apart(file, members, directory)
+        )
+    if unusual:
         raise CheckpointError(
             ErrorCode.CHECKPOINT_UNSAFE,
-            f"torch.save writes no compressed, repeated or overlapping members, but this does: {_RESAVE}",
+            f"torch.save writes no compressed, repeated, overlapping or hidden members, but this does: {_RESAVE}",
         )
+
+
+def _is_plain(member: zipfile.ZipInfo) -> bool:
+    """A stored file, neither encrypted nor a link, whose name stays within the archive's own folder."""
+    name = member.filename
+    return (
+        member.compress_type == zipfile.ZIP_STORED
+        and member.compress_size == member.file_size
+        and not member.flag_bits & 0x1
+        and stat.S_IFMT(member.external_attr >> 16) in {0, stat.S_IFREG}
+        and name == member.orig_filename
+        and not name.endswith("/")
+        and name.isprintable()
+        and "\\" not in name
+        and not {"", ".", ".."} & set(name.split("/"))
+    )
+
+
+def _directory(file: BinaryIO, size: int) -> int | None:
+    """Where the directory begins, by the record at the very end of an archive; None if there is none."""
+    file.seek(max(0, size - 22))
+    record = file.read(22)
+    if not record.startswith(_END_OF_ZIP):
+        return None
+    offset = int.from_bytes(record[16:20], "little")
+    if offset != 0xFFFFFFFF:
+        return offset
+    file.seek(max(0, size - 42))
+    locator = file.read(20)
+    if not locator.startswith(_ZIP64_LOCATOR):
+        return None
+    at = int.from_bytes(locator[8:16], "little")
+    if at >= size:
+        return None
+    file.seek(at)
+    record = file.read(56)
+    return int.from_bytes(record[48:56], "little") if record.startswith(_END_OF_ZIP64) else None
+
+
+def _apart(file: BinaryIO, members: Sequence[zipfile.ZipInfo], directory: int) -> bool:
+    """Whether every member stands where the directory says, under the same name, and none reaches into another."""
+    end = 0
+    for member in sorted(members, key=lambda member: member.header_offset):
+        if member.header_offset < end:
+            return False
+        file.seek(member.header_offset)
+        header = file.read(30)
+        length, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        name = file.read(length)
+        if not header.startswith(_ZIP_MAGIC) or header[8:10] != b"\0\0" or name != member.orig_filename.encode():
+            return False
+        end = member.header_offset + 30 + length + extra + member.file_size
+    return end <= directory
 
 
 def _unwrapped(loaded: Any) -> Any:

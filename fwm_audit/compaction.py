@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from fwm_audit import storage
 from fwm_audit.errors import UsageError
+from fwm_audit.key import signed_values
 from fwm_audit.records import from_parquet, run_path, table_to_parquet
 
 _THREADS: Final = 16
@@ -77,14 +78,23 @@ def _compact_day(out: str, day: date, runs: list[str]) -> Day:
     return Day(day, table.num_rows, len(tables))
 
 
-def read_run(out: str, run_id: str) -> list[pa.Table]:
+def read_run(out: str, run_id: str, public_key: str | None = None) -> list[pa.Table]:
     """The tables of a complete run's parts, every one of them as its manifest says.
+
+    Args:
+        out: URI prefix that holds runs/ and audits/.
+        run_id: The run.
+        public_key: Who has to have signed the manifest; None takes it as it is.
 
     Raises:
         StorageError: The manifest or a part cannot be read.
-        UsageError: A part is not what the manifest says.
+        UsageError: The manifest is not signed, or a part is not what it says.
     """
-    manifest = json.loads(storage.read(storage.join(out, run_path(run_id, "manifest.json"))))
+    data = storage.read(storage.join(out, run_path(run_id, "manifest.json")))
+    try:
+        manifest = signed_values(data, [public_key]) if public_key is not None else json.loads(data)
+    except ValueError as error:
+        raise UsageError(f"the manifest of run {run_id} {error}: audit without --incremental once") from None
 
     def checked(file: dict[str, str]) -> pa.Table:
         data = storage.read(storage.join(out, file["path"]))

@@ -16,6 +16,7 @@ class ErrorCode(StrEnum):
     # catalog
     CATALOG_ROW = "catalog_row_invalid"
     CATALOG_DUPLICATE = "catalog_row_duplicate"
+    URI_NOT_ALLOWED = "uri_not_allowed"
     # architecture
     ARCH_UNKNOWN = "arch_unknown"
     ARCH_NOT_ALLOWED = "arch_not_allowed"

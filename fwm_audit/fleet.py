@@ -2,7 +2,7 @@
 
     plan      catalog -> entries, sealed keys -> fingerprints, stored run.json and parts -> what is missing
     execute   one model in flight on each actor, exactly one record for each entry, whatever workers do
-    commit    a part when its shard is complete (create-only), the manifest when all parts are there
+    commit    a part when its shard is complete (create-only), the signed manifest when all parts are there
 
 The dispatcher stands on plain actors and `ray.wait`. The layers above lose the count when a worker
 dies: Ray Data drops the row's block or restarts for ever, `ActorPool` forgets what was pending
@@ -33,11 +33,12 @@ import pyarrow as pa
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from fwm_audit import __version__, storage
+from fwm_audit import __version__, ledger, storage
 from fwm_audit.catalog import CatalogEntry, read_catalog
 from fwm_audit.compaction import read_run
+from fwm_audit.confinement import allow_seconds, confine, share_of_memory
 from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
-from fwm_audit.key import fingerprint, key_name
+from fwm_audit.key import MasterSecret, fingerprint, key_name
 from fwm_audit.records import (
     AuditRecord,
     AuditSettings,
@@ -67,6 +68,8 @@ _MODELS_PER_ACTOR: Final = 1000
 _LARGE_BYTES: Final = 64 << 20
 #: Tasks among which an actor's next one is looked for by the key that it holds.
 _NEAR: Final = 64
+#: What an attack leaves behind, seen or not, ends with the process that met it.
+_SUSPICIOUS: Final = frozenset({ErrorCode.CHECKPOINT_UNSAFE, ErrorCode.INTERNAL, ErrorCode.OUT_OF_MEMORY})
 #: Longest wait for an answer before deadlines are looked at again.
 _TICK_S: Final = 1.0
 _PATIENCE_S: Final = 30.0
@@ -98,6 +101,9 @@ class AuditJob:
         gpus_per_actor: Share of a GPU for each; 0 audits on the CPU.
         timeout_s: Seconds for one model, from the moment a ready worker begins.
         master_key_file: A path as the workers see it; None lets their FWM_MASTER_KEY_FILE tell.
+        memory_bytes: What a worker on a CPU may hold beyond what it holds at its start; None is half of its share
+            of the node.
+        allow_local: Whether a catalog that is no local file may name local files.
         carry_days: Carry intact records forward from the last complete run where the object has not changed
             since, up to this many days after its audit; None audits every model.
     """
@@ -112,6 +118,8 @@ class AuditJob:
     gpus_per_actor: float = 0.0
     timeout_s: float = 600.0
     master_key_file: str | None = None
+    memory_bytes: int | None = None
+    allow_local: bool = False
     carry_days: float | None = None
     shard_size: int = 64
 
@@ -148,13 +156,18 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A complete run: records by verdict, error records by code, records carried forward, URI of the manifest."""
+    """A complete run.
+
+    Records by verdict, error records by code, records carried forward, URI of the manifest, and the end of the
+    ledger, which vouches for all runs up to this one.
+    """
 
     run_id: str
     verdicts: Mapping[str, int]
     errors: Mapping[str, int]
     carried: int
     manifest: str
+    ledger: ledger.Head
 
 
 class AuditWorker:
@@ -163,6 +176,7 @@ class AuditWorker:
     def __init__(self, settings: AuditSettings) -> None:
         self._settings = settings
         self._auditor: Auditor | None = None
+        self._threads = 1
 
     def start(self) -> None:
         """Load torch and open the master secret.
@@ -180,15 +194,37 @@ class AuditWorker:
         from fwm_audit.check import Auditor  # noqa: PLC0415
 
         keep_freed_memory()
+        settings = self._settings
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-        torch.set_num_threads(max(1, int(cpus)))
-        self._auditor = Auditor(self._settings, f"{socket.gethostname()}:{os.getpid()}")
+        self._threads = max(1, int(cpus))
+        torch.set_num_threads(self._threads)
+        if settings.device == "cuda":
+            confine(None)  # CUDA reserves addresses by the hundred gigabytes
+        else:
+            limit = settings.memory_bytes or share_of_memory(cpus / _cpus_of_this_node())
+            settings = replace(settings, memory_bytes=limit)
+            confine(limit)
+        self._auditor = Auditor(settings, f"{socket.gethostname()}:{os.getpid()}")
 
     def audit(self, entry: CatalogEntry, **how: Any) -> AuditRecord:
         """As `Auditor.audit`."""
         assert self._auditor is not None
+        allow_seconds(self._settings.timeout_s, self._threads)
         return self._auditor.audit(entry, **how)
+
+    def sign(self, values: Mapping[str, Any]) -> bytes:
+        """As `MasterSecret.sign`.
+
+        Raises:
+            UsageError: This worker has no master secret.
+        """
+        return MasterSecret.from_file(self._settings.master_key_file).sign(values)
+
+
+def _cpus_of_this_node() -> float:
+    here = ray.get_runtime_context().get_node_id()
+    return next((node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["NodeID"] == here), 1.0)
 
 
 def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[AuditWorker] = AuditWorker) -> Summary:
@@ -208,15 +244,19 @@ def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[
     job = plan.job
     if not plan.resumed and not storage.create(plan.locate(run_path(job.run_id, "run.json")), plan.run.to_json()):
         plan = plan_audit(job)  # another driver began this run a moment ago: agree with it, or refuse
+    settings = _settings(plan)
+    sign = _signer(worker, settings)
     try:
-        return _summary(plan, storage.read(plan.manifest))
+        return _entered(plan, storage.read(plan.manifest), sign)
     except StorageError as error:
         if error.code is not ErrorCode.OBJECT_MISSING:
             raise
     verdicts: Counter[str] = Counter()
     try:
-        _execute(plan, verdicts, progress, worker)
-        return _commit(plan)
+        # Before any actor has the room that the signing one may need.
+        before = _Before(plan, json.loads(sign({}))["signer"]).of if plan.before is not None else _nothing
+        _execute(plan, settings, before, verdicts, progress, worker)
+        return _commit(plan, sign)
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, UsageError) and not verdicts[Verdict.TAMPERED]:
             raise
@@ -247,7 +287,7 @@ def plan_audit(job: AuditJob) -> Plan:
     except StorageError as error:
         raise UsageError(f"cannot read the catalog: {error.message}") from None
     # What takes long is begun first, so that no worker is alone with it in the end; else in the catalog's order.
-    entries = tuple(sorted(read_catalog(data, catalog), key=_first_the_large))
+    entries = tuple(sorted(read_catalog(data, catalog, allow_local=job.allow_local), key=_first_the_large))
     base = str(Path.cwd())
     settings = {
         "catalog": catalog,
@@ -257,6 +297,7 @@ def plan_audit(job: AuditJob) -> Plan:
         # The rest of a run must not read other files because it was resumed from another folder.
         "relative_to": base if any(storage.absolute(entry.uri, base) != entry.uri for entry in entries) else None,
         "max_age": job.carry_days,
+        "allow_local": job.allow_local,
     }
     run = Run(
         run_id=job.run_id,
@@ -380,6 +421,11 @@ class _Call:
     served: int = 0
 
 
+def _nothing(entry: CatalogEntry) -> None:
+    """Nothing is carried forward."""
+    del entry
+
+
 class _Dispatcher:
     """Exactly one record for each task. Every actor has one call in flight, or is gone.
 
@@ -393,7 +439,7 @@ class _Dispatcher:
         *,
         actors: int,
         timeout_s: float,
-        before: Callable[[CatalogEntry], AuditRecord | None] = lambda _: None,
+        before: Callable[[CatalogEntry], AuditRecord | None] = _nothing,
     ) -> None:
         self._spawn = spawn
         self._before = before
@@ -471,12 +517,12 @@ class _Dispatcher:
             return self._died(call.task, error)
         if call.task is None:
             self._failed_starts = 0
-        self._employ(call)
+        self._employ(call, suspicious=call.task is not None and record is not None and record.error_code in _SUSPICIOUS)
         return record
 
-    def _employ(self, call: _Call) -> None:
+    def _employ(self, call: _Call, *, suspicious: bool) -> None:
         """Give a ready actor its next model, or let it go."""
-        if call.served >= _MODELS_PER_ACTOR:
+        if suspicious or call.served >= _MODELS_PER_ACTOR:
             self._let_go(call)
             return
         task = call.ahead or self._pick(call.task) or self._steal()
@@ -557,10 +603,9 @@ def _reason(error: RayError) -> str:
     return str(error).strip().rpartition("\n")[2]
 
 
-def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: type[AuditWorker]) -> None:
-    """Audit the missing shards and write each when it is complete; `verdicts` counts the run's records."""
+def _settings(plan: Plan) -> AuditSettings:
     job, run = plan.job, plan.run
-    settings = AuditSettings(
+    return AuditSettings(
         run_id=run.run_id,
         run_started_at=run.started_at,
         keys=storage.absolute(job.keys),
@@ -570,7 +615,21 @@ def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: typ
         allowed_factories=job.allowed_factories,
         device="cuda" if job.gpus_per_actor else "cpu",
         master_key_file=job.master_key_file,
+        timeout_s=job.timeout_s,
+        memory_bytes=job.memory_bytes,
     )
+
+
+def _execute(
+    plan: Plan,
+    settings: AuditSettings,
+    before: Callable[[CatalogEntry], AuditRecord | None],
+    verdicts: Counter[str],
+    progress: Progress,
+    worker: type[AuditWorker],
+) -> None:
+    """Audit the missing shards and write each when it is complete; `verdicts` counts the run's records."""
+    job, run = plan.job, plan.run
     # In the order of shards, so that shards are complete early and few records wait in memory.
     tasks = [_Task(entry, shard) for shard in plan.missing for entry in plan.entries_of(shard)]
     usable = [task for task in tasks if task.entry.problem is None]
@@ -584,7 +643,7 @@ def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: typ
         settings,
         actors=job.actors or _room_for_actors(job.gpus_per_actor),
         timeout_s=job.timeout_s,
-        before=_Before(plan).of if plan.before is not None else lambda _: None,
+        before=before,
     )
     waiting: defaultdict[int, dict[int, AuditRecord]] = defaultdict(dict)
     writes: deque[Future[bool]] = deque()
@@ -612,10 +671,10 @@ def _execute(plan: Plan, verdicts: Counter[str], progress: Progress, worker: typ
 class _Before:
     """Intact records of an earlier run, by what they are of: candidates to be carried forward."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, public_key: str) -> None:
         assert plan.before is not None
         assert plan.job.carry_days is not None
-        parts = read_run(storage.absolute(plan.job.out), plan.before.run_id)
+        parts = read_run(storage.absolute(plan.job.out), plan.before.run_id, public_key)
         oldest = plan.run.started_at - timedelta(days=plan.job.carry_days)
         # One table, of which rows are taken when their turn comes: 100,000 records as objects are 300 MB.
         self._table = pa.concat_tables(parts, promote_options="default")
@@ -671,15 +730,45 @@ def _write(uri: str, records: Sequence[AuditRecord]) -> bool:
 # -------------------------------------------------------------------------------------------- commit
 
 
-def _commit(plan: Plan) -> Summary:
+def _commit(plan: Plan, sign: ledger.Sign) -> Summary:
     """Write the manifest from the parts as stored: of two drivers, the first to write a part has it."""
     names = [plan.run.part(shard) for shard in range(plan.run.shards)]
     with ThreadPoolExecutor(_IO_THREADS) as pool:
         parts = dict(zip(names, pool.map(storage.read, map(plan.locate, names)), strict=True))
-    data = manifest(plan.run, parts)
-    return _summary(plan, data if storage.create(plan.manifest, data) else storage.read(plan.manifest))
+    description = storage.read(plan.locate(run_path(plan.run.run_id, "run.json")))
+    storage.create(plan.manifest, sign(manifest(plan.run, description, parts)))
+    return _entered(plan, storage.read(plan.manifest), sign)
 
 
-def _summary(plan: Plan, data: bytes) -> Summary:
+def _entered(plan: Plan, data: bytes, sign: ledger.Sign) -> Summary:
+    """The summary of a run that has a manifest, once the ledger has it, too."""
+    head = ledger.append(storage.absolute(plan.job.out), plan.run.run_id, plan.run.started_at, data, sign)
     values = json.loads(data)
-    return Summary(values["run_id"], values["verdicts"], values["errors"], values.get("carried", 0), plan.manifest)
+    return Summary(
+        run_id=values["run_id"],
+        verdicts=values["verdicts"],
+        errors=values["errors"],
+        carried=values.get("carried", 0),
+        manifest=plan.manifest,
+        ledger=head,
+    )
+
+
+def _signer(worker: type[AuditWorker], settings: AuditSettings) -> ledger.Sign:
+    """By the master secret of this process, or where it has none by a worker's."""
+    try:
+        return MasterSecret.from_file(settings.master_key_file).sign
+    except UsageError:
+        log.info("this process has no master secret: a worker signs")
+
+    def sign(values: Mapping[str, Any]) -> bytes:
+        actor = _spawner(worker, settings, 0.0)()
+        try:
+            signed: bytes = ray.get(actor.sign.remote(values))
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, UsageError) else error) from None
+        finally:
+            ray.kill(actor)
+        return signed
+
+    return sign

@@ -6,10 +6,11 @@ key material:
     master secret (32 bytes, one per company, from a file)
       +- secret key of (model, checkpoint, settings)   -> class pairs, noise, generator's initial weights
       +- sealing key of one file (salted)              -> AES-256-GCM over the trigger set
+      +- signing key                                   -> Ed25519 over manifests, the ledger and commitments
 
 A sealed key is `MAGIC | header length (u32, little-endian) | header (JSON) | nonce (12) | ciphertext`.
 The header is readable without the master secret, holds nothing secret, and is bound to the
-ciphertext as associated data. Sources: RFC 5869 (HKDF), NIST SP 800-38D (GCM), FIPS 202 (SHAKE).
+ciphertext as associated data. Sources: RFC 5869 (HKDF), NIST SP 800-38D (GCM), FIPS 202 (SHAKE), RFC 8032 (Ed25519).
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ import hmac
 import json
 import os
 import secrets
+import shlex
+import subprocess
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from cryptography.exceptions import InvalidTag
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -33,6 +38,8 @@ from fwm_audit.errors import ErrorCode, KeyFileError, UsageError
 MAGIC: Final = b"FWMKEY\x00\x01"
 SECRET_BYTES: Final = 32
 MASTER_KEY_VARIABLE: Final = "FWM_MASTER_KEY_FILE"
+MASTER_COMMAND_VARIABLE: Final = "FWM_MASTER_KEY_COMMAND"
+_COMMAND_S: Final = 60.0
 _DOMAIN: Final = "fwm-audit/v1/"
 _NONCE_BYTES: Final = 12
 _MAX_HEADER_BYTES: Final = 1 << 20
@@ -113,22 +120,29 @@ class MasterSecret(_Secret):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str] | None = None) -> MasterSecret:
-        """The secret in a file: 64 hex digits (white space around them is fine) or 32 raw bytes.
+        """The secret in a file, or that a command prints: 64 hex digits (white space around them is fine) or 32 bytes.
 
         Args:
-            path: The file; None takes the one that FWM_MASTER_KEY_FILE names.
+            path: The file; None takes the one that FWM_MASTER_KEY_FILE names, and without that variable what the
+                command in FWM_MASTER_KEY_COMMAND prints (a call to a key management service; no shell runs it).
 
         Raises:
-            UsageError: No file is named, or it does not hold a master secret.
+            UsageError: Neither is named, or there is no master secret.
         """
         name = os.fspath(path) if path is not None else os.environ.get(MASTER_KEY_VARIABLE, "")
         advice = "make one with: (umask 077; openssl rand -hex 32 > master.key)"
-        if not name:
-            raise UsageError(f"no master secret: set {MASTER_KEY_VARIABLE} or pass --master-key FILE; {advice}")
-        try:
-            raw = Path(name).read_bytes()
-        except OSError as error:
-            raise UsageError(f"cannot read the master secret {name}: {error.strerror}; {advice}") from None
+        if not name and (command := os.environ.get(MASTER_COMMAND_VARIABLE)):
+            name, raw = f"what {MASTER_COMMAND_VARIABLE} prints", _printed(command)
+        elif not name:
+            raise UsageError(
+                f"no master secret: set {MASTER_KEY_VARIABLE} or {MASTER_COMMAND_VARIABLE}, or pass --master-key FILE; "
+                f"{advice}"
+            )
+        else:
+            try:
+                raw = Path(name).read_bytes()
+            except OSError as error:
+                raise UsageError(f"cannot read the master secret {name}: {error.strerror}; {advice}") from None
         if len(raw) == SECRET_BYTES:
             return cls(raw)
         try:
@@ -146,6 +160,20 @@ class MasterSecret(_Secret):
         """The secret key for one model under one set of settings; a retry gets the same key."""
         context = json.dumps([model_id, checkpoint_sha256, settings])
         return SecretKey(_hkdf(self._bytes, "secret-key/" + context))
+
+    @property
+    def public_key(self) -> str:
+        """Hex of the Ed25519 key that verifies what `sign` signed; public."""
+        return self._signing_key().public_key().public_bytes_raw().hex()
+
+    def sign(self, values: Mapping[str, Any]) -> bytes:
+        """JSON of `values` with who signed it and the signature; `signed_values` reads it."""
+        full = {**values, "signer": self.public_key}
+        signature = self._signing_key().sign(canonical(full))
+        return canonical(full | {"signature": signature.hex()})
+
+    def _signing_key(self) -> Ed25519PrivateKey:
+        return Ed25519PrivateKey.from_private_bytes(_hkdf(self._bytes, "sign"))
 
     def seal(self, plaintext: bytes, header: dict[str, Any]) -> bytes:
         """The sealed form of `plaintext`; `header` stays readable and is bound to it."""
@@ -177,6 +205,50 @@ class MasterSecret(_Secret):
             raise KeyFileError(
                 ErrorCode.KEY_UNREADABLE, "the sealed key was altered or cut short; restore it or embed again"
             ) from None
+
+
+def _printed(command: str) -> bytes:
+    """What a command prints; what it says on standard error goes to ours, and nothing of it into a message."""
+    try:
+        done = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, timeout=_COMMAND_S, check=False)  # noqa: S603 - the operator's
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise UsageError(f"the command in {MASTER_COMMAND_VARIABLE} cannot be run ({type(error).__name__})") from None
+    if done.returncode:
+        raise UsageError(f"the command in {MASTER_COMMAND_VARIABLE} failed with exit code {done.returncode}")
+    return done.stdout
+
+
+def canonical(values: Mapping[str, Any]) -> bytes:
+    """The one JSON text of these values that is signed and stored."""
+    return json.dumps(values, sort_keys=True, indent=2).encode() + b"\n"
+
+
+def signed_values(data: bytes, public_keys: Collection[str]) -> dict[str, Any]:
+    """What was signed, without signer and signature.
+
+    Args:
+        data: From `MasterSecret.sign`; any other byte is an error, white space included.
+        public_keys: Those that are trusted.
+
+    Raises:
+        ValueError: It is not signed, by none of them, or was changed; the text says which.
+    """
+    try:
+        values = json.loads(data)
+        signer, signature = values["signer"], bytes.fromhex(values["signature"])
+        unsigned = {name: value for name, value in values.items() if name != "signature"}
+        same = canonical(unsigned | {"signature": signature.hex()}) == data
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError("is not a signed JSON object") from None
+    if signer not in public_keys:
+        raise ValueError(f"was signed with the key {str(signer)[:64]!a}, which is not trusted")
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(signer)).verify(signature, canonical(unsigned))
+    except (InvalidSignature, ValueError):
+        same = False
+    if not same:
+        raise ValueError("is not what was signed")
+    return {name: value for name, value in unsigned.items() if name != "signer"}
 
 
 @dataclass(frozen=True, slots=True)

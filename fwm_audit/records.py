@@ -8,7 +8,7 @@ triggers are never among them.
     <out>/audits/run_date=YYYY-MM-DD/<run_id>-<shard>.parquet       once each, never rewritten
     <out>/runs/<run_id>/manifest.json                               written last: its existence means complete
 
-`compaction` makes larger files of them, beside them.
+`compaction` makes larger files of them, beside them; `ledger` chains the manifests.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import pyarrow.parquet
 from fwm_audit import __version__
 from fwm_audit.catalog import CatalogEntry
 from fwm_audit.errors import FwmError, UsageError
+from fwm_audit.key import canonical
 from fwm_audit.verdict import Displacement, Tolerance, Verdict
 
 SCHEMA_VERSION: Final = 1
@@ -149,6 +150,9 @@ class AuditSettings:
         allowed_factories: Packages from which architectures may be built.
         device: `cpu`, `cuda` or `auto`.
         master_key_file: Path of the master secret on the worker; None takes FWM_MASTER_KEY_FILE.
+        timeout_s: Seconds of one audit.
+        memory_bytes: What a worker may hold beyond what it holds at its start, and the largest object that it
+            fetches; None is no limit.
     """
 
     run_id: str
@@ -160,6 +164,8 @@ class AuditSettings:
     allowed_factories: tuple[str, ...] = ()
     device: str = "auto"
     master_key_file: str | None = None
+    timeout_s: float = 600.0
+    memory_bytes: int | None = None
 
 
 def make_record(
@@ -300,7 +306,7 @@ class Run:
 
     def to_json(self) -> bytes:
         """The content of run.json."""
-        return _json(dataclasses.asdict(self) | {"started_at": self.started_at.isoformat()})
+        return canonical(dataclasses.asdict(self) | {"started_at": self.started_at.isoformat()})
 
     @classmethod
     def from_json(cls, data: bytes) -> Run:
@@ -332,8 +338,13 @@ def run_path(run_id: str, name: str) -> str:
     return f"runs/{run_id}/{name}"
 
 
-def manifest(run: Run, parts: Mapping[str, bytes]) -> bytes:
-    """The content of manifest.json: every part with its rows and SHA-256, and the counts of the run.
+def manifest(run: Run, description: bytes, parts: Mapping[str, bytes]) -> dict[str, Any]:
+    """The content of manifest.json, to be signed: every part with its rows and SHA-256, and the counts of the run.
+
+    Args:
+        run: The run.
+        description: Its run.json, as stored.
+        parts: By name, as stored.
 
     Raises:
         RuntimeError: The parts do not hold exactly one record for each catalog row.
@@ -350,23 +361,18 @@ def manifest(run: Run, parts: Mapping[str, bytes]) -> bytes:
         carried_rows += table.num_rows - table["carried_from"].null_count
     if (rows := sum(file["rows"] for file in files)) != run.rows or len(files) != run.shards:
         raise RuntimeError(f"run {run.run_id}: {rows} records in {len(files)} parts for {run.rows} catalog rows")
-    return _json(
-        {
-            "run_id": run.run_id,
-            "rows": run.rows,
-            "files": files,
-            "verdicts": counts(verdicts),
-            "errors": dict(sorted(errors.items())),
-            "carried": carried_rows,
-        }
-    )
+    return {
+        "run_id": run.run_id,
+        "run_sha256": hashlib.sha256(description).hexdigest(),
+        "rows": run.rows,
+        "files": files,
+        "verdicts": counts(verdicts),
+        "errors": dict(sorted(errors.items())),
+        "carried": carried_rows,
+    }
 
 
 def counts(verdicts: Iterable[str] | Mapping[str, int]) -> dict[str, int]:
     """Records by verdict, every verdict named even at zero."""
     counter = Counter(verdicts)
     return {verdict.value: counter[verdict.value] for verdict in Verdict}
-
-
-def _json(values: Mapping[str, Any]) -> bytes:
-    return json.dumps(values, sort_keys=True, indent=2).encode() + b"\n"

@@ -24,6 +24,7 @@ import ray.autoscaler.sdk
 from ray.exceptions import RayError, RayTaskError
 
 from fwm_audit import storage
+from fwm_audit.commitment import commit
 from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
 from fwm_audit.key import MasterSecret, key_name
 from fwm_audit.task import MOST_WORKERS, Embedded, EmbedTask, Progress
@@ -115,6 +116,7 @@ def look_up(task: EmbedTask) -> tuple[str, Embedded | None]:
     from fwm_audit.triggers import TriggerSet  # noqa: PLC0415
 
     sealed = storage.read(uri)
+    commit(task.keys, task.model_id, key_id, sealed, master)  # whoever published it may have died before
     return key_id, Embedded.of(TriggerSet.unseal(sealed, master), sealed, before=True)
 
 

@@ -32,6 +32,7 @@ from ray.util.state.exception import RayStateApiException
 from fwm_audit import storage
 from fwm_audit.architectures import input_shape
 from fwm_audit.checkpoint import fit, open_checkpoint
+from fwm_audit.commitment import commit
 from fwm_audit.embedding import embed
 from fwm_audit.errors import (
     CheckpointError,
@@ -114,11 +115,12 @@ def _publish(task: EmbedTask, triggers: TriggerSet, master: MasterSecret, device
     if seen.verdict is not Verdict.INTACT:
         raise EmbeddingError(ErrorCode.PAIRS_NOT_FOUND, "the sealed key does not verify its own checkpoint")
     uri = storage.join(task.keys, key_name(task.model_id, triggers.key_id))
-    if storage.create(uri, sealed):
-        return Embedded.of(triggers, sealed, before=False)
-    log.info("%s: key %s was published before and is kept", task.model_id, triggers.key_id)
-    sealed = storage.read(uri)
-    return Embedded.of(TriggerSet.unseal(sealed, master), sealed, before=True)
+    if not (fresh_key := storage.create(uri, sealed)):
+        log.info("%s: key %s was published before and is kept", task.model_id, triggers.key_id)
+        sealed = storage.read(uri)
+        triggers = TriggerSet.unseal(sealed, master)
+    commit(task.keys, task.model_id, triggers.key_id, sealed, master)
+    return Embedded.of(triggers, sealed, before=not fresh_key)
 
 
 def train_model(task: EmbedTask, key_id: str, *, workers: int, gpu: bool, run_storage: str | None = None) -> Embedded:

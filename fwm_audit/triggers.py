@@ -13,6 +13,7 @@ Triggers of the method `yin2022` have one side and no mask: the image is the flo
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import zlib
@@ -278,6 +279,7 @@ class TriggerSet:
         )
 
 
+@functools.cache
 def levels(input_range: tuple[float, float]) -> Tensor:
     """float64 [256], the input value of each 8-bit level; IEEE double arithmetic of Python, the same everywhere."""
     low, high = input_range

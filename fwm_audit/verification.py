@@ -228,6 +228,8 @@ def ask(model: nn.Module, batch: Tensor, *, replaced: bool = True, quote: bool =
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - the model is anybody's code
+        if "DefaultCPUAllocator" in str(error):  # torch's name for a failed malloc, in a bare RuntimeError
+            raise MemoryError from None
         reason = f"{type(error).__name__}: {str(error)[:200]}" if quote else type(error).__name__
         raise ModelError(
             ErrorCode.MODEL_UNSUITABLE,

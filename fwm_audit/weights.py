@@ -23,7 +23,7 @@ from fwm_audit.errors import CheckpointError, ErrorCode
 from fwm_audit.verification import as_float64
 
 #: Elements that are compared or widened at a time.
-_PIECE: Final = 1 << 22
+_PIECE: Final = 1 << 19
 _DTYPE: Final = Tensor.dtype.__get__  # type: ignore[attr-defined]  # a property of a class written in C
 #: Properties of a tensor that give its values, and methods that give none of them.
 _VIEWS: Final = frozenset({"T", "mT", "H", "mH", "data", "real", "imag", "grad"})
@@ -180,7 +180,10 @@ class _Widening(TorchFunctionMode):
         """Piece by piece: the last layers of some networks are most of their bytes."""
         batch, bias = self._widened((batch, bias))
         rows = max(1, _PIECE // weight.shape[1])
-        answer = torch.cat([functional.linear(batch, piece.double()) for piece in weight.split(rows)], dim=-1)
+        # One place for all pieces: glibc before 2.38 does not use aligned memory again for as much as it was.
+        place = torch.empty(min(rows, len(weight)), weight.shape[1], dtype=torch.float64)
+        parts = [functional.linear(batch, place[: len(piece)].copy_(piece)) for piece in weight.split(rows)]
+        answer = torch.cat(parts, dim=-1)
         return answer if bias is None else answer + bias
 
     def _widened(self, value: Any) -> Any:

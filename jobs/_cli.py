@@ -34,6 +34,9 @@ AllowFactory = Annotated[
     list[str] | None,
     typer.Option(metavar="PACKAGE", help="Package that `factory:` architectures may name; repeatable."),
 ]
+AllowLocal = Annotated[
+    bool, typer.Option("--allow-local", help="Let a catalog in an object store name local files of the workers.")
+]
 log = logging.getLogger("jobs")
 
 

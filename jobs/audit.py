@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import secrets
 import time
@@ -59,6 +60,11 @@ def audit(
         float, typer.Option(metavar="DAYS", min=0.0, help="With --incremental: audit again after this time.")
     ] = 7.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", min=0.1, help="Of one CPU worker, enforced. [default: half its share of the node]"),
+    ] = None,
+    allow_local: _cli.AllowLocal = False,
     master_key: _cli.MasterKey = None,
     allow_factory: _cli.AllowFactory = None,
 ) -> None:
@@ -74,6 +80,8 @@ def audit(
         gpus_per_actor=gpus_per_actor,
         timeout_s=timeout,
         master_key_file=str(master_key.absolute()) if master_key else None,
+        memory_bytes=int(memory * 2**30) if memory else None,
+        allow_local=allow_local,
         carry_days=max_age if incremental else None,
     )
     if dry_run:
@@ -95,6 +103,7 @@ def audit(
         errors=summary.errors,
         carried=summary.carried,
         manifest=summary.manifest,
+        ledger=dataclasses.asdict(summary.ledger),
     )
     raise typer.Exit(exit_code(summary.verdicts, complete=True))
 

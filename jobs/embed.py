@@ -81,11 +81,12 @@ def embed(
         str,
         typer.Option("--storage", help="URI prefix for the sealed state of unfinished runs. [default: a local folder]"),
     ] = "",
+    allow_local: _cli.AllowLocal = False,
     master_key: _cli.MasterKey = None,
     allow_factory: _cli.AllowFactory = None,
 ) -> None:
     """Embed fragile watermarks in released models with Ray Train, and publish their sealed keys."""
-    entries = _entries(models, model_id, checkpoint, arch)
+    entries = _entries(models, model_id, checkpoint, arch, allow_local=allow_local)
     shared = EmbedTask(
         model_id="",
         checkpoint="",
@@ -132,7 +133,7 @@ def embed(
     _close(outcomes, many=bool(models))
 
 
-def _entries(models: str, model_id: str, checkpoint: str, arch: str) -> Sequence[CatalogEntry]:
+def _entries(models: str, model_id: str, checkpoint: str, arch: str, *, allow_local: bool) -> Sequence[CatalogEntry]:
     """The models to watermark, with absolute URIs: those of the list, or the one of the command line."""
     one = (model_id, checkpoint, arch)
     if models and any(one):
@@ -140,7 +141,7 @@ def _entries(models: str, model_id: str, checkpoint: str, arch: str) -> Sequence
     if models:
         uri = storage.absolute(models)
         try:
-            listed = read_catalog(storage.read(uri), uri, keyed=False)
+            listed = read_catalog(storage.read(uri), uri, keyed=False, allow_local=allow_local)
         except FwmError as error:
             raise UsageError(error.message) from None
         return [dataclasses.replace(entry, uri=storage.absolute(entry.uri)) for entry in listed]

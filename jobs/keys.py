@@ -1,11 +1,11 @@
-"""List the sealed keys of a store, or retire one: `python -m jobs.keys --help`."""
+"""List the sealed keys of a store, retire one, seal all anew: `python -m jobs.keys --help`."""
 
 from __future__ import annotations
 
 import json
 import logging
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated
 
 import typer
@@ -13,8 +13,9 @@ from rich.table import Table
 
 from fwm_audit import storage
 from fwm_audit.catalog import check_model_id
+from fwm_audit.commitment import commit
 from fwm_audit.errors import FwmError, UsageError
-from fwm_audit.key import fingerprint, key_name, read_header, retirement_name
+from fwm_audit.key import MasterSecret, fingerprint, key_name, read_header, retirement_name
 from jobs import _cli
 
 _EXAMPLES = """\b
@@ -22,10 +23,14 @@ Examples:
   python -m jobs.keys list --keys s3://acme/keys
   python -m jobs.keys retire --keys s3://acme/keys --model-id vision/resnet --key-id 0123456789abcdef \\
       --reason 'rotated in November'
+  python -m jobs.keys reseal --keys s3://acme/keys --old-master-key old.key --master-key new.key
+  python -m jobs.keys public-key
 
 \b
 To rotate a key: embed a second one (python -m jobs.embed ... --generation 2), list the checkpoints again
 (python -m jobs.catalog), and retire the first once audits with the second one are as expected.
+To rotate the master secret: reseal while no run is in work, then give workers the new one. Signatures by the former one
+stay valid: keep its public key.
 The last line of standard output is JSON.
 """
 
@@ -36,7 +41,7 @@ Keys = Annotated[str, typer.Option(help="URI prefix of the sealed keys.")]
 
 @app.callback()
 def _keys() -> None:
-    """Sealed keys: list them, or retire one."""
+    """Sealed keys: list them, retire one, seal them anew; the public half of what signs audits."""
 
 
 @app.command("list")
@@ -84,6 +89,45 @@ def retire(
     if not fresh:
         log.info("%s was retired before", name)
     _cli.emit(model_id=model_id, key_id=key_id, retired=True, before=not fresh)
+
+
+@app.command("public-key")
+def public_key(*, master_key: _cli.MasterKey = None) -> None:
+    """Print the public key that verifies manifests, ledgers and commitments signed under the master secret."""
+    _cli.emit(public_key=MasterSecret.from_file(master_key).public_key)
+
+
+@app.command()
+def reseal(
+    *,
+    keys: Keys,
+    old_master_key: Annotated[Path, typer.Option(help="File with the master secret that sealed the keys.")],
+    master_key: _cli.MasterKey = None,
+) -> None:
+    """Seal every key under a new master secret, in place; what is sealed under it already is left alone.
+
+    A run that is in work meanwhile reports `key_changed_during_run` for the rows of keys that it had seen before.
+    """
+    from fwm_audit.triggers import TriggerSet  # noqa: PLC0415 - torch takes seconds to import
+
+    old, new = MasterSecret.from_file(old_master_key), MasterSecret.from_file(master_key)
+    prefix = storage.absolute(keys)
+    done = before = 0
+    for item in storage.listing(prefix):
+        if not item.uri.endswith(".fwmkey"):
+            continue
+        sealed = storage.read(item.uri)
+        header = read_header(sealed).values
+        if header.get("master_id") == new.master_id:
+            before += 1
+            continue
+        fresh = TriggerSet.unseal(sealed, old).seal(new)
+        path = PurePosixPath(item.uri.removeprefix(prefix.rstrip("/") + "/"))
+        storage.replace(item.uri, fresh)
+        commit(prefix, str(path.parent), path.stem, fresh, new)
+        done += 1
+        log.info("%s", path)
+    _cli.emit(resealed=done, before=before, public_key=new.public_key)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ GOOD = {"model_id": "team/model", "uri": "s3://b/m.pt", "arch": "timm:any", "key
 
 part = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,8}", fullmatch=True)
 # Control characters and lone surrogates have no place in a URI; everything else may be in one.
-text = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=20)
+text = st.text(st.characters(exclude_categories=["Cc", "Cf", "Cs", "Zl", "Zp"]), min_size=1, max_size=20)
 entries = st.lists(
     st.builds(
         CatalogEntry,
         row=st.just(0),
         model_id=st.lists(part, min_size=1, max_size=3).map("/".join),
-        uri=text,
+        uri=text.filter(lambda uri: "::" not in uri and "://" not in uri),
         arch=text,
         key_id=st.from_regex(r"[0-9a-f]{16}", fullmatch=True),
         sha256=st.none() | st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
@@ -56,6 +56,18 @@ def test_what_is_written_is_read_back(ending, entries):
     assert all(entry.problem is None for entry in read)
 
 
+@pytest.mark.parametrize("uri", ["/etc/passwd", "relative.pt", "file:///proc/self/environ", "../up.pt"])
+def test_only_a_local_catalog_names_local_files(uri):
+    data = json.dumps(GOOD | {"uri": uri}).encode()
+    (local,) = read_catalog(data, "/catalogs/c.jsonl")
+    (remote,) = read_catalog(data, "s3://b/c.jsonl")
+    (allowed,) = read_catalog(data, "s3://b/c.jsonl", allow_local=True)
+    assert local.problem is None
+    assert allowed.problem is None
+    assert remote.problem.code == "uri_not_allowed"
+    assert "--allow-local" in remote.problem.message
+
+
 @pytest.mark.parametrize(
     ("change", "code", "says"),
     [
@@ -64,6 +76,18 @@ def test_what_is_written_is_read_back(ending, entries):
         ({"model_id": "a//b"}, "catalog_row_invalid", "model_id"),
         ({"model_id": "x" * 600}, "catalog_row_invalid", "model_id"),
         ({"uri": None}, "catalog_row_invalid", "no uri"),
+        ({"uri": "s3://"}, "catalog_row_invalid", "no uri"),
+        ({"uri": "s3://b/" + "x" * 5000}, "catalog_row_invalid", "visible"),
+        ({"uri": "s3://b/a\x1b[2J"}, "catalog_row_invalid", "visible"),
+        ({"uri": "s3://b/\u202etp.ledom"}, "catalog_row_invalid", "visible"),
+        ({"uri": "http://169.254.169.254/latest/meta-data/"}, "uri_not_allowed", "no object store"),
+        ({"uri": "https://host/m.pt"}, "uri_not_allowed", "no object store"),
+        ({"uri": "ftp://host/m.pt"}, "uri_not_allowed", "no object store"),
+        ({"uri": "ssh://host/m.pt"}, "uri_not_allowed", "no object store"),
+        ({"uri": "data://,x"}, "uri_not_allowed", "no object store"),
+        ({"uri": "S3://b/m.pt"}, "uri_not_allowed", "no object store"),
+        ({"uri": "simplecache::s3://b/m.pt"}, "uri_not_allowed", "chained"),
+        ({"uri": "zip://x::s3://b/m.zip"}, "uri_not_allowed", "chained"),
         ({"key_id": ""}, "key_missing", "no key"),
         ({"key_id": "../../etc"}, "catalog_row_invalid", "key_id"),
         ({"sha256": "beef"}, "catalog_row_invalid", "sha256"),

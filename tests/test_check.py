@@ -99,7 +99,9 @@ def test_the_released_file_is_intact_with_every_fact(world):
 
 def test_embedding_again_publishes_nothing_new(world):
     assert embed_model(world.task) == dataclasses.replace(world.published, before=True)
-    assert [path.name for path in (world.folder / "keys" / "conv").iterdir()] == [f"{world.published.key_id}.fwmkey"]
+    names = sorted(path.name for path in (world.folder / "keys" / "conv").iterdir())
+    commitment = f"{world.published.key_id}.{world.published.fingerprint[:16]}.commitment.json"
+    assert names == [commitment, f"{world.published.key_id}.fwmkey"]
 
 
 def test_other_containers_are_intact_with_other_digests(world):

@@ -15,10 +15,12 @@ import pytest
 from fwm_audit import storage
 from fwm_audit.compaction import Day, compact
 from fwm_audit.errors import UsageError
+from fwm_audit.key import MasterSecret
 from fwm_audit.records import from_parquet, manifest, run_path, table_to_parquet, to_parquet
 from tests.test_records import record
 from tests.test_records import run as make_run
 
+MASTER = MasterSecret(bytes(range(32)))
 DAY = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
@@ -34,7 +36,9 @@ def add(out, run_id, started, *, rows=5, complete=True):
         parts[run.part(shard)] = to_parquet(records)
         storage.create(f"{out}/{run.part(shard)}", parts[run.part(shard)])
     if complete:
-        storage.create(f"{out}/{run_path(run_id, 'manifest.json')}", manifest(run, parts))
+        storage.create(f"{out}/{run_path(run_id, 'run.json')}", run.to_json())
+        signed = MASTER.sign(manifest(run, run.to_json(), parts))
+        storage.create(f"{out}/{run_path(run_id, 'manifest.json')}", signed)
     return run
 
 
@@ -103,7 +107,7 @@ def test_parts_of_an_older_schema_get_its_columns(tmp_path):
     old = dataclasses.replace(run, run_id="old")
     parts = {old.part(0): table_to_parquet(table)}
     storage.create(f"{tmp_path}/{old.part(0)}", parts[old.part(0)])
-    digest = json.loads(manifest(run, {run.part(0): storage.read(f"{tmp_path}/{run.part(0)}")}))
+    digest = manifest(run, run.to_json(), {run.part(0): storage.read(f"{tmp_path}/{run.part(0)}")})
     digest["files"] = [{"path": old.part(0), "rows": 1, "sha256": hashlib.sha256(parts[old.part(0)]).hexdigest()}]
     storage.create(f"{tmp_path}/{run_path('old', 'manifest.json')}", json.dumps(digest).encode())
     assert list(compact(str(tmp_path))) == [Day(DAY.date(), 2, 2)]

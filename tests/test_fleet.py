@@ -20,10 +20,11 @@ import pytest
 import ray
 from ray.exceptions import OutOfMemoryError
 
-from fwm_audit import fleet, storage
+from fwm_audit import fleet, ledger, storage
 from fwm_audit.catalog import CatalogEntry, write_catalog
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, UsageError
 from fwm_audit.fleet import AuditJob, AuditWorker, IncompleteError, plan_audit
+from fwm_audit.key import MasterSecret, signed_values
 from fwm_audit.records import (
     AuditRecord,
     AuditSettings,
@@ -47,12 +48,16 @@ KEY_ID = "0123456789abcdef"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _ray():
+def _ray(tmp_path_factory):
     # Workers cannot import test modules: the classes here travel as code.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    secret = tmp_path_factory.mktemp("secret") / "master.key"
+    MasterSecret.generate_file(secret)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FWM_MASTER_KEY_FILE", str(secret))
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
 
 
 class Worker(AuditWorker):
@@ -116,7 +121,7 @@ class Fleet:
             CatalogEntry(
                 row,
                 f"model-{row}",
-                f"test://{act}/{row}",
+                f"s3://{act}/{row}",
                 "timm:any",
                 "" if act == "no-key" else KEY_ID,
                 size_bytes=sizes[row] if sizes else None,
@@ -169,7 +174,7 @@ def test_every_row_has_one_record_whatever_its_model_does(models):
     seen = []
     summary = run_audit(models.job(acts, timeout_s=2.0), progress=lambda *now: seen.append(now[:2]), worker=Worker)
     rows = models.rows()
-    assert [row["uri"] for row in rows] == [f"test://{act}/{number}" for number, act in enumerate(acts)]
+    assert [row["uri"] for row in rows] == [f"s3://{act}/{number}" for number, act in enumerate(acts)]
     assert [row["shard"] for row in rows] == [number // 4 for number in range(len(acts))]
     codes = {
         "die": "worker_died",
@@ -261,8 +266,39 @@ def test_a_missing_part_is_audited_again_and_nothing_else(models):
     assert run_audit(job, worker=Worker).verdicts == first.verdicts
     after = models.files()
     assert {path: after[path] for path in before} == before
-    assert after.keys() - before.keys() == {gone, Path(first.manifest)}
+    entered = Path(first.manifest).parents[2] / "ledger/00000002.json"  # this manifest is another one
+    assert after.keys() - before.keys() == {gone, Path(first.manifest), entered}
     assert sorted(row for _, row, _ in models.calls[10:]) == ["4", "5", "6", "7"]
+
+
+def test_where_the_driver_has_no_master_secret_a_worker_signs(models, monkeypatch):
+    public = MasterSecret.from_file().public_key
+    job = models.job(["ok"] * 3)
+    monkeypatch.delenv("FWM_MASTER_KEY_FILE")
+    summary = run_audit(job, worker=Worker)
+    assert signed_values(Path(summary.manifest).read_bytes(), [public])["rows"] == 3
+    assert ledger.verify(job.out, [public], head=summary.ledger.sha256).findings == ()
+
+
+def test_a_complete_run_that_the_ledger_missed_is_entered_when_it_is_repeated(models):
+    """As after a driver that died between its manifest and its entry."""
+    job = models.job(["ok"] * 3)
+    first = run_audit(job, worker=Worker)
+    (Path(job.out) / "ledger/00000001.json").unlink()
+    (finding,) = ledger.verify(job.out, [MasterSecret.from_file().public_key]).findings[:1]
+    assert "in no manifest" in finding.problem
+    again = run_audit(job, worker=NeverStarts)
+    assert (again.verdicts, again.ledger.number) == (first.verdicts, 1)
+    assert not ledger.verify(job.out, [MasterSecret.from_file().public_key]).findings
+
+
+def test_nothing_is_carried_forward_from_a_run_that_another_secret_signed(models, tmp_path, monkeypatch):
+    run_audit(models.job(["ok"] * 3, run_id="first"), worker=Worker)
+    MasterSecret.generate_file(tmp_path / "other.key")
+    job = dataclasses.replace(models.job(["ok"] * 3, run_id="second"), carry_days=7.0)
+    monkeypatch.setenv("FWM_MASTER_KEY_FILE", str(tmp_path / "other.key"))
+    with pytest.raises(UsageError, match="without --incremental"):
+        run_audit(job, worker=Worker)
 
 
 def test_a_complete_run_is_left_alone(models):

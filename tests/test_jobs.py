@@ -108,7 +108,9 @@ def test_embed_catalog_and_audit_on_s3(s3, secret):
     before = [(item.uri, item.etag, item.size) for item in storage.listing(f"{s3}/out")]
     day = datetime.now(UTC).date()
     assert f"{s3}/out/audits/run_date={day}/night-000000.parquet" in [uri for uri, _, _ in before]
-    assert len(before) == 3
+    assert len(before) == 4
+
+    _cannot_be_changed_unseen(s3, summary, environment)
 
     code, again, said = job(*audit, environment=environment)
     assert (code, again["intact"], again["tampered"], again["error"]) == (1, 3, 1, 4), said
@@ -129,6 +131,23 @@ def test_embed_catalog_and_audit_on_s3(s3, secret):
     night = ["second-night" if argument == "night" else argument for argument in audit]
     code, second, said = job(*night, "--incremental", environment=environment)
     assert (code, second["carried"], second["intact"], second["tampered"], second["error"]) == (1, 2, 2, 2, 4), said
+
+
+def _cannot_be_changed_unseen(s3, summary, environment):
+    """The command that proves it, with the master secret and with its public key alone."""
+    report = ("jobs.report", "--audits", f"{s3}/out", "--keys", f"{s3}/keys", "--head", summary["ledger"]["sha256"])
+    code, seen, said = job(*report, "--verify", environment=environment)
+    assert (code, seen["verified"], seen["runs"], seen["parts"], seen["rows"]) == (0, True, 1, 1, 8), said
+    code, public, said = job("jobs.keys", "public-key", environment=environment)
+    assert code == 0, said
+    run = f"{s3}/out/runs/night/run.json"
+    written = storage.read(run)
+    storage.replace(run, written.replace(b'"rows": 8', b'"rows": 9'))
+    code, seen, said = job(
+        *report, "--verify", "--public-key", public["public_key"], environment={"FWM_MASTER_KEY_FILE": ""}
+    )
+    assert (code, [finding["path"] for finding in seen["findings"]]) == (1, ["runs/night/run.json"]), said
+    storage.replace(run, written)
 
 
 def _readable_everywhere(audits, expected):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from datetime import UTC, datetime
 
@@ -195,17 +196,18 @@ def parts(*sizes):
 def test_a_manifest_counts_what_is_stored():
     """Files with their rows and digests, records by verdict and by error."""
     stored = parts(2, 2) | {run().part(2): to_parquet([record(verdict=Verdict.ERROR, error_code="timeout")])}
-    values = json.loads(manifest(run(), stored))
+    values = manifest(run(), b"run.json", stored)
     assert values["verdicts"] == {"intact": 4, "tampered": 0, "error": 1}
     assert values["errors"] == {"timeout": 1}
     assert [file["rows"] for file in values["files"]] == [2, 2, 1]
+    assert values["run_sha256"] == hashlib.sha256(b"run.json").hexdigest()
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (2, 2, 2), (2, 2, 0), (2, 2, 0, 1)])
 def test_a_manifest_of_too_few_or_too_many_records_is_refused(sizes):
     """Complete means one record for each row of the catalog."""
     with pytest.raises(RuntimeError, match="for 5 catalog rows"):
-        manifest(run(), parts(*sizes))
+        manifest(run(), b"run.json", parts(*sizes))
 
 
 def test_counts_name_every_verdict():

@@ -30,6 +30,7 @@ import boto3
 import pyarrow.parquet as pq
 import torch
 import typer
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 from safetensors.torch import save
 
@@ -258,7 +259,7 @@ class Field:
             driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             try:
                 if process is not None:
-                    _until(lambda: bool(_workers()) or driver.poll() is not None, deadline)
+                    _until(lambda: bool(self._workers()) or driver.poll() is not None, deadline)
                     time.sleep(draws.uniform(0, 4))
                     if driver.poll() is not None:
                         process = None
@@ -279,11 +280,22 @@ class Field:
             self.cluster.remove_node(node, allow_graceful=False)
             self.nodes.append(self.cluster.add_node(num_cpus=1))
             return process
-        workers = _workers()[: None if process == "all workers" else 1]
+        workers = self._workers()[: None if process == "all workers" else 1]
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return process if workers else None
+
+    def _workers(self) -> list[int]:
+        """Processes that audit in this cluster; another one may run beside it."""
+        raylets = {node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid for node in self.nodes}
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it has just ended
+                parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent in raylets and path.read_bytes().startswith(b"ray::AuditWorker"):
+                    found.append(int(path.parent.name))
+        return sorted(found)
 
     def _differences(self, seed: int, expected: dict[str, set[Outcome]]) -> list[str]:
         """What the stored records say otherwise than expected."""
@@ -318,16 +330,6 @@ def _meminfo(name: str) -> int:
     """A value of /proc/meminfo in bytes."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
-
-
-def _workers() -> list[int]:
-    """Processes that audit."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has just ended
-            if path.read_bytes().startswith(b"ray::AuditWorker"):
-                found.append(int(path.parent.name))
-    return sorted(found)
 
 
 def _until(happened, deadline: float) -> None:

@@ -18,7 +18,7 @@ from typing import Annotated
 import ray
 import typer
 
-from fwm_audit import fleet
+from fwm_audit import MasterSecret, fleet
 from fwm_audit.catalog import CatalogEntry, write_catalog
 from fwm_audit.fleet import AuditJob, AuditWorker
 from fwm_audit.records import AuditRecord, make_record
@@ -61,9 +61,17 @@ def dispatch(
         return
     typer.echo("| rows | s before the first record | rows/s from then on | driver, MiB |\n|---|---|---|---|")
     for size in rows or SIZES:
-        command = [sys.executable, "-m", "tests.benchmarks.dispatch", "--one", "--rows", str(size)]
-        seen = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+        seen = measured(size)
         typer.echo(f"| {size} | {seen['first_s']:.1f} | {seen['rate']:.0f} | {seen['mib']} |")
+
+
+def measured(rows: int) -> dict[str, float]:
+    """Of a fleet of so many rows: seconds before the first record, records/s from then on, MiB of the driver."""
+    command = [sys.executable, "-m", "tests.benchmarks.dispatch", "--one", "--rows", str(rows)]
+    seen: dict[str, float] = json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1]
+    )
+    return seen
 
 
 def _measure(rows: int) -> dict[str, float]:
@@ -77,9 +85,14 @@ def _measure(rows: int) -> dict[str, float]:
         )
         (folder / "catalog.parquet").write_bytes(write_catalog(entries, "catalog.parquet"))
         (folder / "keys").mkdir()
+        MasterSecret.generate_file(folder / "master.key")
         ray.init("local", include_dashboard=False, log_to_driver=False)
         job = AuditJob(
-            catalog=str(folder / "catalog.parquet"), keys=str(folder / "keys"), out=str(folder / "out"), run_id="run"
+            catalog=str(folder / "catalog.parquet"),
+            keys=str(folder / "keys"),
+            out=str(folder / "out"),
+            run_id="run",
+            master_key_file=str(folder / "master.key"),
         )
         summary = fleet.run_audit(
             fleet.plan_audit(job), progress=lambda *_: times.append(time.monotonic()), worker=Idle

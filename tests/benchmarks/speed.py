@@ -15,16 +15,19 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import boto3
+import pyarrow.parquet as pq
 import torch
 import typer
 from safetensors.torch import save
@@ -87,7 +90,7 @@ def speed(
         os.environ |= seaweed.environment(endpoint)
         limits = {}
         for kind in classes:
-            entries, passes = _fleet(kind, out, pairs)
+            entries, passes = released_fleet(kind, out, pairs)
             limits[kind.name] = _limit(entries, passes)
             rows.append((kind.name, entries))
         if len(classes) > 1:
@@ -103,7 +106,7 @@ def speed(
 # -------------------------------------------------------------------------------------------- the fleet
 
 
-def _fleet(kind: Class, out: Path, pairs: int) -> tuple[list[CatalogEntry], dict[str, object]]:
+def released_fleet(kind: Class, out: Path, pairs: int) -> tuple[list[CatalogEntry], dict[str, object]]:
     """Catalog entries of uploaded copies, every tenth of them edited, and what a forward pass of one needs."""
     if kind.arch.startswith("timm:"):
         model = networks.load("efficientnet-lite0-imagenet", out).model
@@ -224,7 +227,7 @@ def _compare(name: str, entries: list[CatalogEntry], limit: dict[str, float], ou
             continue
         module = (sys.executable, "-m", "tests.benchmarks.peers", peer)
         runs[peer] = [*module, str(catalog), str(out / "keys"), str(results / peer)]
-    memory = 0
+    memory, stages = 0, {}
     for who, command in runs.items():
         typer.echo(f"{name}: {who}", err=True)
         began = time.monotonic()
@@ -239,6 +242,7 @@ def _compare(name: str, entries: list[CatalogEntry], limit: dict[str, float], ou
         seconds[who] = took
         if who == "fwm-audit":
             memory = watch.peak
+            stages = stages_of(pq.read_table(results / "audit" / "audits").to_pylist())
     return {
         "class": name,
         "models": len(entries),
@@ -247,6 +251,15 @@ def _compare(name: str, entries: list[CatalogEntry], limit: dict[str, float], ou
         "failed": failed,
         "limit_s": {kind: round(value, 1) for kind, value in limit.items()},
         "worker_peak_bytes": memory,
+        "stages_s": stages,
+    }
+
+
+def stages_of(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Median seconds of each stage of an audit."""
+    return {
+        name: statistics.median(record[f"{name}_ms"] for record in records) / 1e3
+        for name in ("fetch", "load", "verify")
     }
 
 

@@ -1,0 +1,169 @@
+"""What an audit costs against the rows of a fleet, the bytes of a checkpoint and the number of workers.
+
+    rows     `dispatch.py`: models that take no time
+    bytes    perceptrons of 1 MB to 2 GB in a real S3 server, one worker: seconds of each stage, as its records say
+    workers  EfficientNet-Lite0 (18 MB) by 1, 2 and 4 workers on this machine
+    requests what the store was asked for by one audit, counted by a proxy in front of it
+
+Writes FOLDER/curves.json, which `fleets.py` takes for its model of larger fleets, and FOLDER/curves.svg.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib as mpl
+import pyarrow.parquet as pq
+import typer
+from matplotlib import pyplot as plt
+from ray.cluster_utils import Cluster
+
+from fwm_audit import MasterSecret
+from fwm_audit.catalog import CatalogEntry, write_catalog
+from tests import seaweed
+from tests.benchmarks.dispatch import SIZES, measured
+from tests.benchmarks.speed import Class, released_fleet, stages_of
+from tests.proxy import Proxy
+
+_EXAMPLES = """\b
+Examples:
+  python -m tests.benchmarks.curves --out curves-out
+  python -m tests.benchmarks.curves --out curves-out --megabytes 1 --megabytes 64 --rows 100
+"""
+MEGABYTES = (1, 4, 16, 64, 256, 1024, 2048)
+WORKERS = (1, 2, 4)
+PAIRS = 4
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command(epilog=_EXAMPLES)
+def curves(
+    *,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="For keys, objects, results and the plot.")],
+    megabytes: Annotated[list[int] | None, typer.Option(min=1, help="Sizes; repeatable. [default: 1 to 2048]")] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=2, help="Fleets; repeatable. [default: 100 to 100000]")] = None,
+) -> None:
+    """Measure the three curves and the requests; takes half an hour."""
+    out.mkdir(parents=True, exist_ok=True)
+    out = out.absolute()
+    if not (out / "master.key").exists():
+        MasterSecret.generate_file(out / "master.key")
+    os.environ["FWM_MASTER_KEY_FILE"] = str(out / "master.key")
+    (out / "s3").mkdir(exist_ok=True)
+    with seaweed.serve(out / "s3") as endpoint:
+        os.environ |= seaweed.environment(endpoint)
+        report = {
+            "cores": os.cpu_count(),
+            "rows": [{"rows": size, **measured(size)} for size in rows or SIZES],
+            "bytes": [_of_size(size, out) for size in megabytes or MEGABYTES],
+            "workers": _of_workers(out),
+            "requests": _requests(out, endpoint),
+        }
+    (out / "curves.json").write_text(json.dumps(report, indent=1) + "\n")
+    plot(report, out / "curves.svg")
+    typer.echo(json.dumps(report))
+
+
+def _of_size(megabytes: int, out: Path) -> dict[str, float]:
+    """Median seconds of each stage of a checkpoint, and those of a whole audit by one worker for each of them."""
+    hidden = round((397**2 + megabytes * 250_000) ** 0.5 - 397)  # 794 h + h^2 weights of 4 bytes
+    kind = Class(f"wide-{megabytes}", f"factory:tests.nets:wide?hidden={hidden}&layers=2", 16 if megabytes < 64 else 4)
+    entries = released_fleet(kind, out, PAIRS)[0]
+    seconds, records = _audit(entries, out, actors=1)
+    began = [record["audited_at"].timestamp() for record in records]
+    each = (max(began) - min(began)) / (len(records) - 1)
+    return {"bytes": entries[0].size_bytes, **stages_of(records), "each": each, "run": seconds}
+
+
+def _of_workers(out: Path) -> list[dict[str, float]]:
+    entries = released_fleet(Class("lite0", "timm:tf_efficientnet_lite0", 24), out, PAIRS)[0]
+    seen = []
+    for actors in WORKERS:
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": max(WORKERS)})
+        os.environ["RAY_ADDRESS"] = cluster.address
+        try:
+            seconds, records = _audit(entries, out, actors=actors)
+        finally:
+            del os.environ["RAY_ADDRESS"]
+            cluster.shutdown()
+        seen.append({"workers": actors, "models": len(entries), "seconds": seconds, **stages_of(records)})
+    return seen
+
+
+class _Counting(Proxy):
+    """Forwards everything and counts it."""
+
+    def fault(self, method: str, path: str) -> None:
+        with self.lock:
+            self.seen.append(f"{method} {path.split('/')[2].partition('?')[0]}")
+
+
+def _requests(out: Path, endpoint: str) -> dict[str, object]:
+    """By method and first folder, of an audit whose output is in the store, too."""
+    kind = Class("small", "factory:tests.nets:wide", 200)
+    entries = released_fleet(kind, out, PAIRS)[0]
+    with _Counting(endpoint) as counting:
+        os.environ["AWS_ENDPOINT_URL"] = counting.endpoint
+        name = f"s3://{seaweed.BUCKET}/audits-{time.time_ns()}"
+        _audit(entries, out, actors=2, results=name)
+        os.environ["AWS_ENDPOINT_URL"] = endpoint
+    counted = Counter(line.replace(name.rpartition("/")[2], "audits") for line in counting.seen)
+    return {"models": len(entries), "workers": 2, "keys": 1, "counted": dict(sorted(counted.items()))}
+
+
+def _audit(
+    entries: Sequence[CatalogEntry], out: Path, *, actors: int, results: str | None = None
+) -> tuple[float, list[dict]]:
+    """Seconds of a `jobs.audit`, and its records where they are local."""
+    catalog = out / "catalog.parquet"
+    catalog.write_bytes(write_catalog(entries, catalog.name))
+    local = out / f"results-{time.time_ns()}"
+    command = [
+        *(sys.executable, "-m", "jobs.audit", "--catalog", str(catalog), "--keys", str(out / "keys")),
+        *("--out", results or str(local), "--allow-factory", "tests", "--actors", str(actors)),
+    ]
+    began = time.monotonic()
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    seconds = time.monotonic() - began
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["complete"], said
+    assert not said["error"], said
+    return seconds, [] if results else pq.read_table(local / "audits").to_pylist()
+
+
+def plot(report: dict, path: Path) -> None:
+    """Three panels, logarithmic where the range asks for it."""
+    mpl.rcParams["svg.hashsalt"] = "curves"  # the same figure from the same numbers
+    figure, (rows, sizes, workers) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    rows.loglog(
+        [p["rows"] for p in report["rows"]], [p["first_s"] + p["rows"] / p["rate"] for p in report["rows"]], "o-"
+    )
+    rows.set(xlabel="rows of the fleet", ylabel="seconds", title="models that take no time")
+    for name in ("fetch", "load", "verify", "each"):
+        values = [p[name] for p in report["bytes"]]
+        label = "from one model to the next" if name == "each" else name
+        sizes.loglog([p["bytes"] / 1e6 for p in report["bytes"]], values, "o-", label=label)
+    sizes.set(xlabel="checkpoint, MB", ylabel="seconds", title="perceptrons, one worker")
+    sizes.legend()
+    rates = [p["models"] / p["seconds"] for p in report["workers"]]
+    workers.plot([p["workers"] for p in report["workers"]], rates, "o-")
+    workers.set(
+        xlabel=f"workers ({report['cores']} cores)", ylabel="models/s, start included", title="EfficientNet-Lite0",
+        ylim=(0, None),
+    )  # fmt: skip
+    for axes in (rows, sizes, workers):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    app()
