@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -92,51 +92,9 @@ def _conv2d(
         if groups == channels == weight.shape[0] and channels >= _CHANNELS:
             return _depthwise(input, weight, bias, strides, paddings, dilations)
         pointwise = weight.shape[2:] == (1, 1) and strides == (1, 1) and paddings == (0, 0) and groups == 1
-        if pointwise and _channels_last(input):
+        if pointwise and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
             return functional.linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-
-
-def _batch_norm(
-    input: Tensor,  # noqa: A002 - torch's signature
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """As `functional.batch_norm`; with channels last in one pass, as fast as a copy."""
-    if training or running_mean is None or running_var is None or not _channels_last(input):
-        return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    scale = (running_var + eps).rsqrt()
-    if weight is not None:
-        scale = scale * weight
-    shift = -running_mean * scale
-    if bias is not None:
-        shift = shift + bias
-    return torch.addcmul(shift.view(1, -1, 1, 1), input, scale.view(1, -1, 1, 1))
-
-
-def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:  # noqa: A002 - torch's signature
-    """As `functional.pad`; with channels last, only the border is filled."""
-    if mode != "constant" or len(pad) != 4 or min(pad) < 0 or not _channels_last(input):
-        return functional.pad(input, pad, mode, value)
-    left, right, above, below = pad
-    count, channels, height, width = input.shape
-    grid = input.new_empty(count, height + above + below, width + left + right, channels)
-    for border in (grid[:, :above], grid[:, above + height :], grid[:, :, :left], grid[:, :, left + width :]):
-        border.fill_(value or 0.0)
-    grid[:, above : above + height, left : left + width].copy_(input.permute(0, 2, 3, 1))
-    return grid.permute(0, 3, 1, 2)
-
-
-def _channels_last(images: Tensor) -> bool:
-    """Whether this is how the images lie in memory, and not as channels after channels, too."""
-    if images.dim() != 4:
-        return False
-    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
 
 
 def _depthwise(
@@ -183,8 +141,4 @@ _EXACT: Final[dict[Any, Callable[..., Tensor]]] = {
     functional.hardswish: _hardswish,
     functional.hardsigmoid: _hardsigmoid,
 }
-_FAST: Final[dict[Any, Callable[..., Tensor]]] = {
-    torch.conv2d: _conv2d,
-    functional.batch_norm: _batch_norm,
-    functional.pad: _pad,
-}
+_FAST: Final[dict[Any, Callable[..., Tensor]]] = {torch.conv2d: _conv2d}

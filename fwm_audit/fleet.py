@@ -61,9 +61,9 @@ log = logging.getLogger(__name__)
 
 #: A model is tried again once when its worker died: the cause may have been a neighbour or the node.
 _ATTEMPTS: Final = 2
-#: Only the end of a process frees a CUDA context and what native code leaked. Starting the next takes seconds, which
-#: at 200 models were most of the time (empty models on two cores: 170 records/s, against 670/s at 1000).
-_MODELS_PER_ACTOR: Final = 1000
+#: Only the end of a process frees a CUDA context and what native code leaked. Starting the next takes five seconds,
+#: in which two cores audit 500 small models: after a thousand, that would be a tenth of all time.
+_MODELS_PER_ACTOR: Final = 5000
 #: Checkpoints from this size on are audited first, the largest before the others.
 _LARGE_BYTES: Final = 64 << 20
 #: Tasks among which an actor's next one is looked for by the key that it holds.

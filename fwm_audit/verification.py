@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def verify_copy(
 
 def _count(model: nn.Module, triggers: TriggerSet, rung: Rung, device: torch.device) -> RungCount:
     dtype: torch.dtype = getattr(torch, rung.dtype)
-    inputs, labels = triggers.materialise(rung)
+    inputs, labels = _materialised(triggers, rung)
     # All rungs of a key share their arithmetic, so the copy changes its dtype once at most.
     logits = run(model.to(dtype), inputs.to(dtype), device)
     if logits.shape[1] != triggers.num_classes:
@@ -162,6 +163,12 @@ def _count(model: nn.Module, triggers: TriggerSet, rung: Rung, device: torch.dev
     # Among equal logits the smallest index wins on every device; that is part of the contract.
     wrong = torch.nonzero(logits.argmax(1) != labels).flatten()
     return RungCount(len(labels), tuple(wrong.tolist()))
+
+
+@functools.lru_cache(maxsize=1)
+def _materialised(triggers: TriggerSet, rung: Rung) -> tuple[Tensor, Tensor]:
+    """As `TriggerSet.materialise`; the last ones are kept, as a worker meets a key again and again."""
+    return triggers.materialise(rung)
 
 
 def breaks(model: nn.Module, triggers: TriggerSet, rung: Rung, device: torch.device) -> bool:
@@ -260,7 +267,7 @@ def _pass(model: nn.Module, batch: Tensor) -> Any:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
-        return model(batch)  # it may insist on another memory layout than that of our convolutions
+        return model(batch.clone())  # it may insist on another memory layout than that of our convolutions
 
 
 @contextlib.contextmanager

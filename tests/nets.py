@@ -217,6 +217,15 @@ class Elsewhere(nn.Module):
         return self.body(x)
 
 
+def smooth() -> nn.Module:
+    """As `convnet`, with an activation under which no unit is ever off."""
+    net = convnet()
+    for name, layer in list(net.named_children()):
+        if isinstance(layer, nn.ReLU):
+            setattr(net, name, nn.SiLU())
+    return net
+
+
 class WritingToItself(nn.Module):
     """Writes to a weight while it runs."""
 

@@ -60,45 +60,6 @@ def test_a_convolution_is_torchs(channels, kernel, stride, padding, dilation, de
     assert torch.equal(seen, named)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("affine", [(), ("weight",), ("bias",), ("weight", "bias")])
-def test_a_batch_norm_is_torchs(affine, channels_last):
-    draws = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2, 8, 5, 6, generator=draws, dtype=torch.float64)
-    if channels_last:
-        inputs = inputs.to(memory_format=torch.channels_last)
-    mean, variance, weight, bias = torch.rand(4, 8, generator=draws, dtype=torch.float64)
-    how = {"weight": weight, "bias": bias}
-    how = {name: value if name in affine else None for name, value in how.items()} | {"eps": 1e-3}
-    expected = functional.batch_norm(inputs, mean, variance, **how)
-    with torch.no_grad(), float64_mode(inputs):
-        assert (functional.batch_norm(inputs, mean, variance, **how) - expected).abs().max() < 1e-14
-        by_batch = functional.batch_norm(inputs, None, None, training=True)
-    assert torch.equal(by_batch, functional.batch_norm(inputs, None, None, training=True))
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"pad": (1, 2, 0, 3)},
-        {"pad": (0, 0, 0, 0)},
-        {"pad": (2, 1, 3, 0), "value": 1.5},
-        {"pad": (-1, 1, 1, 0)},
-        {"pad": (1, 1)},
-        {"pad": (1, 1, 1, 1, 1, 0)},
-        {"pad": (1, 1, 1, 1), "mode": "reflect"},
-    ],
-)
-def test_padding_is_torchs(how, channels_last):
-    inputs = torch.arange(2 * 8 * 5 * 6, dtype=torch.float64).view(2, 8, 5, 6)
-    if channels_last:
-        inputs = inputs.to(memory_format=torch.channels_last)
-    expected = functional.pad(inputs, **how)
-    with torch.no_grad(), float64_mode(inputs):
-        assert torch.equal(functional.pad(inputs, **how), expected)
-
-
 @pytest.fixture
 def replaced(monkeypatch):
     """Shapes of the inputs of depthwise convolutions that our own computed."""

@@ -204,6 +204,16 @@ def test_large_models_are_judged_with_weights_as_stored(world, tmp_path, monkeyp
     assert len(whole) == (0 if arch == ARCH else 4)
 
 
+@pytest.mark.s3
+def test_an_object_that_does_not_fit_is_an_error_and_not_read(world, s3):
+    uri = f"{s3}/large.safetensors"
+    storage.create(uri, bytes(100_000))
+    for name in (uri, "released.safetensors"):
+        record = world.audit(name, settings={"memory_bytes": 10_000})
+        assert (record.verdict, record.error_code) == ("error", "out_of_memory")
+        assert "--memory" in record.error_message
+
+
 def test_no_state_leaks_from_one_model_to_the_next(world):
     """A tampered model audited between two intact ones, on one worker with one cached skeleton."""
     flipped = {n: t + 1e-3 if t.is_floating_point() else t for n, t in world.state.items()}

@@ -84,6 +84,9 @@ class Worker(AuditWorker):
                 time.sleep(0.2)
             case "raise":
                 raise ZeroDivisionError
+            case "attack":
+                error = CheckpointError(ErrorCode.CHECKPOINT_UNSAFE, "a payload")
+                return error_record(self._settings, entry, error, shard=shard, attempt=attempt)
             case "refuse":
                 raise CheckpointError(ErrorCode.CHECKPOINT_CORRUPT, "cut short")
         return record(self._settings, entry, shard, attempt=attempt, worker=str(os.getpid()))
@@ -269,6 +272,13 @@ def test_a_missing_part_is_audited_again_and_nothing_else(models):
     entered = Path(first.manifest).parents[2] / "ledger/00000002.json"  # this manifest is another one
     assert after.keys() - before.keys() == {gone, Path(first.manifest), entered}
     assert sorted(row for _, row, _ in models.calls[10:]) == ["4", "5", "6", "7"]
+
+
+def test_a_worker_that_met_an_attack_is_replaced(models):
+    """The model after it is in other hands; after a merely damaged file it is in the same."""
+    run_audit(models.job(["ok", "refuse", "ok", "attack", "ok"], actors=1), worker=Worker)
+    processes = {int(row): process for _, row, process in models.calls}
+    assert processes[0] == processes[1] == processes[2] == processes[3] != processes[4]
 
 
 def test_where_the_driver_has_no_master_secret_a_worker_signs(models, monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fwm_audit.errors import ErrorCode, KeyFileError, UsageError
-from fwm_audit.key import MasterSecret, SecretKey, fingerprint, read_header
+from fwm_audit.key import MasterSecret, SecretKey, fingerprint, read_header, signed_values
 
 GOLDEN = Path(__file__).parent / "golden"
 MASTER = MasterSecret(bytes(range(32)))
@@ -91,6 +91,35 @@ def test_no_master_secret_says_what_to_do(monkeypatch, tmp_path):
         MasterSecret.from_file(tmp_path / "missing")
 
 
+def test_a_command_in_the_place_of_a_file(tmp_path, monkeypatch):
+    """No shell runs it; a file that is named wins; what it prints is quoted nowhere."""
+    monkeypatch.delenv("FWM_MASTER_KEY_FILE", raising=False)
+    (tmp_path / "hex").write_text(bytes(range(32)).hex() + "\n")
+    monkeypatch.setenv("FWM_MASTER_KEY_COMMAND", f"cat '{tmp_path / 'hex'}'")
+    assert MasterSecret.from_file() == MASTER
+    other = MasterSecret.generate_file(tmp_path / "other.key")
+    assert MasterSecret.from_file(tmp_path / "other.key") == other
+    monkeypatch.setenv("FWM_MASTER_KEY_FILE", str(tmp_path / "other.key"))
+    assert MasterSecret.from_file() == other
+    monkeypatch.delenv("FWM_MASTER_KEY_FILE")
+    for command, says in (
+        ("false", "exit code 1"),
+        ("no-such-command-anywhere", "FileNotFoundError"),
+        ("echo topsecret", "neither 64 hex digits"),
+        (f"echo $(cat {tmp_path / 'hex'})", "neither 64 hex digits"),
+        ("'", "ValueError"),
+    ):
+        monkeypatch.setenv("FWM_MASTER_KEY_COMMAND", command)
+        with pytest.raises(UsageError, match=says) as caught:
+            MasterSecret.from_file()
+        assert "topsecret" not in str(caught.value)
+        assert bytes(range(32)).hex() not in str(caught.value)
+    monkeypatch.setattr("fwm_audit.key._COMMAND_S", 0.2)
+    monkeypatch.setenv("FWM_MASTER_KEY_COMMAND", "sleep 5")
+    with pytest.raises(UsageError, match="TimeoutExpired"):
+        MasterSecret.from_file()
+
+
 def test_derivation_gives_the_committed_vectors():
     """Keys of released models must stay derivable and openable by every later version."""
     vectors = json.loads((GOLDEN / "derivation.json").read_text())
@@ -100,6 +129,9 @@ def test_derivation_gives_the_committed_vectors():
     assert key.key_id == vectors["key_id"]
     assert key.stream("noise/0", 48).hex() == vectors["stream"]
     assert master.open(bytes.fromhex(vectors["sealed"])) == b"plaintext"
+    assert master.public_key == vectors["public_key"]
+    assert master.sign({"b": [1, None], "a": "x"}).decode() == vectors["signed"]
+    assert signed_values(vectors["signed"].encode(), [vectors["public_key"]]) == {"b": [1, None], "a": "x"}
 
 
 @pytest.mark.parametrize("other", [("n", "ab" * 32, "s"), ("m", "cd" * 32, "s"), ("m", "ab" * 32, "t")])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError
@@ -23,9 +24,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fwm_audit import releases, storage, train
 from fwm_audit.catalog import read_catalog
-from fwm_audit.errors import UsageError
-from fwm_audit.key import MasterSecret
+from fwm_audit.commitment import committed_at
+from fwm_audit.errors import FwmError, UsageError
+from fwm_audit.key import MasterSecret, fingerprint, read_header
 from fwm_audit.task import EmbedTask
+from fwm_audit.triggers import TriggerSet
 from tests.company import CONVNET as ARCH
 from tests.company import Company
 
@@ -315,3 +318,28 @@ def test_several_nodes_need_a_common_storage(monkeypatch):
     task = EmbedTask(model_id="m", checkpoint="c", arch=ARCH, keys="k", base="/")
     with pytest.raises(UsageError, match="--storage"):
         next(releases.watermark([task], workers=1))
+
+
+@pytest.mark.timeout(300)
+def test_keys_are_sealed_anew_under_another_master_secret(tmp_path):
+    """Each opens under the new secret alone, a repetition does nothing, and the new one commits to them."""
+    golden = (Path(__file__).parent / "golden" / "key-format-2.fwmkey").read_bytes()
+    old, new, keys = tmp_path / "old.key", tmp_path / "new.key", tmp_path / "keys"
+    old.write_text(bytes(range(32)).hex())
+    fresh = MasterSecret.generate_file(new)
+    name = "golden/" + read_header(golden).values["key_id"]
+    storage.create(f"{keys}/{name}.fwmkey", golden)
+    reseal = ("jobs.keys", "reseal", "--keys", str(keys), "--old-master-key", str(old), "--master-key", str(new))
+    code, closing, said = job(*reseal)
+    assert (code, closing["resealed"], closing["before"]) == (0, 1, 0), said
+    sealed = storage.read(f"{keys}/{name}.fwmkey")
+    before, after = TriggerSet.unseal(golden, MasterSecret.from_file(old)), TriggerSet.unseal(sealed, fresh)
+    assert torch.equal(after.images, before.images)
+    assert (after.key_id, after.created_at, after.coverage) == (before.key_id, before.created_at, before.coverage)
+    with pytest.raises(FwmError, match="another master secret"):
+        TriggerSet.unseal(sealed, MasterSecret.from_file(old))
+    model_id, _, key_id = name.partition("/")
+    committed_at(str(keys), model_id, key_id, fingerprint(sealed), [fresh.public_key])
+    code, closing, said = job(*reseal)
+    assert (code, closing["resealed"], closing["before"]) == (0, 0, 1), said
+    assert storage.read(f"{keys}/{name}.fwmkey") == sealed

@@ -3,7 +3,8 @@
 A cluster of three node processes audits checkpoints from a real S3 server behind a proxy. Each audit is one
 `jobs.audit` with faults drawn from a seed: SIGKILL of a worker, of all workers, of a node or of the driver
 (which is started again with the same run id); answers of the store that fail, break off, stall, or an object
-that is replaced between two ranges; a model that kills its worker, hangs, or takes all memory. In the end every
+that is replaced between two ranges; a model that kills its worker, hangs, or takes all memory, or an object for
+which there is no room (checkpoints are read into memory: there is no folder that could be full). In the end every
 row of the catalog has to have exactly one record with the verdict that its bytes deserve, and no audit may
 outlast its limit.
 """
@@ -50,12 +51,14 @@ Examples:
 
 PROCESSES = ("worker", "all workers", "node", "driver")
 STORE = ("broken", "busy", "cut", "lost", "reset", "stall", "replaced")
-MODELS = ("exit", "hang", "eat")
+MODELS = ("exit", "hang", "eat", "full")
 CONVNET = "factory:tests.nets:convnet"
 #: More than one range of 16 MiB.
 LARGE = "factory:tests.nets:wide?hidden=6000"
 #: Seconds for a model, and for an audit with everything that happens to it.
 TIMEOUT_S, LIMIT_S = 15, 240
+#: For a worker, where an object is to be too large, and the bytes of that.
+ROOM_GIB, TOO_LARGE = 0.25, 300_000_000
 #: Intact and tampered copies of the small model.
 COPIES = 24
 #: Faults of the store on one object: a retry has to get through in the end.
@@ -177,6 +180,7 @@ class Field:
         self.large = save(large)
         self.other = save(large | permuted | {"2.weight": large["2.weight"][:, order].contiguous()})
         self._add("large", "large.safetensors", self.large, arch=LARGE)
+        self._put("fleet/full.safetensors", released + bytes(TOO_LARGE))
         self._keys(master)
         self.rows = len(self.entries) + 1  # and a model that misbehaves, or one that does not
 
@@ -213,7 +217,7 @@ class Field:
         catalog, expected = self._catalog(seed, store, model)
         began, wrong, struck = time.monotonic(), [], process
         try:
-            code, struck = self._run(seed, catalog, process, draws)
+            code, struck = self._run(seed, catalog, process, draws, ROOM_GIB if model == "full" else None)
         except subprocess.TimeoutExpired:
             wrong.append(f"not finished after {LIMIT_S} s")
         else:
@@ -232,7 +236,11 @@ class Field:
         own = CatalogEntry(0, row.model_id, f"s3://{seaweed.BUCKET}/fleet/own.safetensors", CONVNET, row.key_id)
         expected[own.uri] = {("intact", None)}
         self._put("fleet/own.safetensors", save(build(CONVNET, ["tests"]).state_dict()))
-        if model is not None:
+        if model == "full":
+            own = CatalogEntry(0, own.model_id, f"s3://{seaweed.BUCKET}/fleet/full.safetensors", CONVNET, own.key_id)
+            expected[own.uri] = {("error", ErrorCode.OUT_OF_MEMORY.value)}
+            del expected[f"s3://{seaweed.BUCKET}/fleet/own.safetensors"]
+        elif model is not None:
             own = CatalogEntry(0, own.model_id, own.uri, f"factory:tests.nets:Misbehaving?act={model}", own.key_id)
             codes = {"exit": [ErrorCode.WORKER_DIED], "hang": [ErrorCode.TIMEOUT]}
             either = [ErrorCode.OUT_OF_MEMORY, ErrorCode.WORKER_DIED]
@@ -246,12 +254,15 @@ class Field:
         catalog.write_bytes(write_catalog(entries, catalog.name))
         return str(catalog), expected
 
-    def _run(self, seed: int, catalog: str, process: str | None, draws: random.Random) -> tuple[int, str | None]:
+    def _run(
+        self, seed: int, catalog: str, process: str | None, draws: random.Random, room: float | None
+    ) -> tuple[int, str | None]:
         """Exit code of the driver, the last one where it was killed, and what was killed before the end."""
         command = [
             *(sys.executable, "-m", "jobs.audit", "--catalog", catalog, "--keys", f"s3://{seaweed.BUCKET}/keys"),
             *("--out", f"s3://{seaweed.BUCKET}/out", "--run-id", f"audit-{seed}", "--actors", "2"),
             *("--timeout", str(TIMEOUT_S), "--allow-factory", "tests"),
+            *(("--memory", str(room)) if room else ()),
         ]
         environment = os.environ | {"RAY_ADDRESS": self.cluster.address}
         deadline = time.monotonic() + LIMIT_S
