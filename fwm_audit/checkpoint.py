@@ -68,6 +68,7 @@ def open_checkpoint(path: str) -> Checkpoint:
     Raises:
         CheckpointError: It is no container that is read, is damaged, would run code, or holds
             something other than dense tensors.
+        MemoryError: It takes more than this process may hold.
     """
     # By its descriptor, because torch.load goes by a name's ending, and so that nothing can be put
     # in the file's place between the checks and the load.
@@ -145,6 +146,7 @@ def _load_safetensors(path: str) -> dict[str, torch.Tensor]:
     except CheckpointError:
         raise
     except Exception as error:  # the header is hostile input, and its errors come from three libraries
+        _no_memory(error)
         raise _corrupt(error) from error
     return tensors
 
@@ -162,6 +164,7 @@ def _load_torch_zip(path: str) -> Any:
             ) from None
         raise _corrupt(error) from error
     except Exception as error:  # the pickle is hostile input: its opcodes can raise anything
+        _no_memory(error)
         raise _corrupt(error) from error
 
 
@@ -364,6 +367,16 @@ def _few(names: Iterable[str], detail: Callable[[str], str] = lambda _: "") -> s
 def _shown(name: object) -> str:
     """A name from an untrusted file, safe for a terminal and a log."""
     return ascii(str(name)[:80])
+
+
+def _no_memory(error: Exception) -> None:
+    """Say so where that is the reason.
+
+    Raises:
+        MemoryError: It is.
+    """
+    if isinstance(error, MemoryError) or "Cannot allocate memory" in str(error):
+        raise MemoryError from None
 
 
 def _corrupt(error: Exception) -> CheckpointError:

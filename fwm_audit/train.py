@@ -33,6 +33,7 @@ from fwm_audit import storage
 from fwm_audit.architectures import input_shape
 from fwm_audit.checkpoint import fit, open_checkpoint
 from fwm_audit.commitment import commit
+from fwm_audit.confinement import confine
 from fwm_audit.embedding import embed
 from fwm_audit.errors import (
     CheckpointError,
@@ -221,6 +222,7 @@ def _free_groups_of_the_dead(patience_s: float = 10.0) -> None:
 
 def _train_loop(config: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    confine(None)  # no core file with triggers in it
     task = EmbedTask(**config)
     board: Any = ray.get_actor(task.board) if task.board is not None else None
     metrics: dict[str, Any] | None = ray.get(board.finding.remote(task.model_id)) if board is not None else None

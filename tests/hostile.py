@@ -482,7 +482,7 @@ def _cases() -> Iterator[tuple[str, Callable[[], bytes], str, set[Outcome]]]:
     """Name, bytes, file name and what it may come to."""
     for name in CALLABLES:
         # torch takes a bytearray for a part of tensors; as large a one does not fit into what a worker may hold.
-        outcome = CORRUPT if name == "builtins.bytearray of 1 TB" else UNSAFE
+        outcome = ErrorCode.OUT_OF_MEMORY.value if name == "builtins.bytearray of 1 TB" else UNSAFE
         yield f"calls {name}", lambda name=name: with_pickle(called(name)), "model.pt", {outcome}
     evil = lambda: called("os.mkdir")  # noqa: E731
     yield "call in a bare pickle", evil, "model.pkl", {UNSAFE}
