@@ -209,7 +209,7 @@ def test_an_object_that_does_not_fit_is_an_error_and_not_read(world, s3):
     uri = f"{s3}/large.safetensors"
     storage.create(uri, bytes(100_000))
     for name in (uri, "released.safetensors"):
-        record = world.audit(name, settings={"memory_bytes": 10_000})
+        record = world.audit(name, settings={"memory_bytes": 1_000})
         assert (record.verdict, record.error_code) == ("error", "out_of_memory")
         assert "--memory" in record.error_message
 

@@ -325,7 +325,7 @@ def test_keys_are_sealed_anew_under_another_master_secret(tmp_path):
     """Each opens under the new secret alone, a repetition does nothing, and the new one commits to them."""
     golden = (Path(__file__).parent / "golden" / "key-format-2.fwmkey").read_bytes()
     old, new, keys = tmp_path / "old.key", tmp_path / "new.key", tmp_path / "keys"
-    old.write_text(bytes(range(32)).hex())
+    old.write_text(bytes(range(32, 64)).hex())
     fresh = MasterSecret.generate_file(new)
     name = "golden/" + read_header(golden).values["key_id"]
     storage.create(f"{keys}/{name}.fwmkey", golden)
@@ -343,3 +343,4 @@ def test_keys_are_sealed_anew_under_another_master_secret(tmp_path):
     code, closing, said = job(*reseal)
     assert (code, closing["resealed"], closing["before"]) == (0, 0, 1), said
     assert storage.read(f"{keys}/{name}.fwmkey") == sealed
+    assert job("jobs.keys", "public-key", "--master-key", str(new))[1] == {"public_key": fresh.public_key}

@@ -10,7 +10,7 @@ import pytest
 
 from tests.benchmarks.mutations import mutated
 
-CASES = 1500
+CASES = 1000
 
 
 @pytest.mark.timeout(300)
@@ -21,7 +21,7 @@ def test_whatever_is_changed_is_noticed_and_does_no_harm():
     assert said["wrong"] == []
     assert (done.returncode, said["cases"]) == (0, CASES)
     # Every kind of outcome is among them: the changes reach behind the container, too.
-    assert min(said["outcomes"].values()) > 10
+    assert min(said["outcomes"].values()) > 5
     assert len(said["outcomes"]) == 7
 
 
