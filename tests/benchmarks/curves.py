@@ -103,8 +103,13 @@ class _Counting(Proxy):
     """Forwards everything and counts it."""
 
     def fault(self, method: str, path: str) -> None:
+        # /BUCKET/FOLDER/..., or /BUCKET?prefix=FOLDER/... of a listing
+        folder = (
+            path.partition("prefix=")[2].replace("%2F", "/")
+            or path.partition("?")[0].partition("/")[2].partition("/")[2]
+        )
         with self.lock:
-            self.seen.append(f"{method} {path.split('/')[2].partition('?')[0]}")
+            self.seen.append(f"{'LIST' if '?' in path and method == 'GET' else method} {folder.partition('/')[0]}")
 
 
 def _requests(out: Path, endpoint: str) -> dict[str, object]:
@@ -116,7 +121,7 @@ def _requests(out: Path, endpoint: str) -> dict[str, object]:
         name = f"s3://{seaweed.BUCKET}/audits-{time.time_ns()}"
         _audit(entries, out, actors=2, results=name)
         os.environ["AWS_ENDPOINT_URL"] = endpoint
-    counted = Counter(line.replace(name.rpartition("/")[2], "audits") for line in counting.seen)
+    counted = Counter(line.replace(name.rpartition("/")[2], "out") for line in counting.seen)
     return {"models": len(entries), "workers": 2, "keys": 1, "counted": dict(sorted(counted.items()))}
 
 

@@ -117,8 +117,8 @@ def requests(models: int, size: int, *, workers: int, keys: int) -> dict[str, in
     }
 
 
-#: Catalog, run.json, manifest: asked for, read or found missing; and written, with one list of parts.
-_GETS_OF_A_RUN, _PUTS_OF_A_RUN = 4, 2
+#: run.json, manifest and ledger, read or found missing; and written, with the lists of parts and of the ledger.
+_GETS_OF_A_RUN, _PUTS_OF_A_RUN = 5, 7
 
 
 # -------------------------------------------------------------------------------------- held against measurements
