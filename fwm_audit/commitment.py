@@ -9,7 +9,7 @@ run, and that nobody made a key afterwards for what the audit was to find.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from fwm_audit import storage
 from fwm_audit.key import fingerprint, read_header, signed_values
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from fwm_audit.key import MasterSecret
+
+_KIND: Final = "commitment"
 
 
 def commit(keys: str, model_id: str, key_id: str, sealed: bytes, master: MasterSecret) -> None:
@@ -34,7 +36,7 @@ def commit(keys: str, model_id: str, key_id: str, sealed: bytes, master: MasterS
         "checkpoint_sha256": read_header(sealed).values.get("checkpoint_sha256"),
         "committed_at": datetime.now(UTC).isoformat(timespec="microseconds"),
     }
-    storage.create(_uri(keys, model_id, key_id, digest), master.sign(values))
+    storage.create(_uri(keys, model_id, key_id, digest), master.sign(_KIND, values))
 
 
 def committed_at(keys: str, model_id: str, key_id: str, key_fingerprint: str, public_keys: Collection[str]) -> datetime:
@@ -44,7 +46,7 @@ def committed_at(keys: str, model_id: str, key_id: str, key_fingerprint: str, pu
         StorageError: There is no commitment to it.
         ValueError: The commitment is not signed by any of `public_keys`, or is to something else.
     """
-    values = signed_values(storage.read(_uri(keys, model_id, key_id, key_fingerprint)), public_keys)
+    values = signed_values(storage.read(_uri(keys, model_id, key_id, key_fingerprint)), _KIND, public_keys)
     if [values.get(name) for name in ("model_id", "key_id", "fingerprint")] != [model_id, key_id, key_fingerprint]:
         raise ValueError("is a commitment to another key")
     return datetime.fromisoformat(str(values.get("committed_at")))

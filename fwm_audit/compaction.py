@@ -22,7 +22,7 @@ import pyarrow as pa
 from fwm_audit import storage
 from fwm_audit.errors import UsageError
 from fwm_audit.key import signed_values
-from fwm_audit.records import from_parquet, run_path, table_to_parquet
+from fwm_audit.records import MANIFEST, from_parquet, run_path, table_to_parquet
 
 _THREADS: Final = 16
 _PART: Final = re.compile(r"/audits/run_date=(\d{4}-\d\d-\d\d)/(.+)-\d+\.parquet$")
@@ -92,7 +92,7 @@ def read_run(out: str, run_id: str, public_key: str | None = None) -> list[pa.Ta
     """
     data = storage.read(storage.join(out, run_path(run_id, "manifest.json")))
     try:
-        manifest = signed_values(data, [public_key]) if public_key is not None else json.loads(data)
+        manifest = signed_values(data, MANIFEST, [public_key]) if public_key is not None else json.loads(data)
     except ValueError as error:
         raise UsageError(f"the manifest of run {run_id} {error}: audit without --incremental once") from None
 

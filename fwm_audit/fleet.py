@@ -40,6 +40,7 @@ from fwm_audit.confinement import allow_seconds, confine, share_of_memory
 from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
 from fwm_audit.key import MasterSecret, fingerprint, key_name
 from fwm_audit.records import (
+    MANIFEST,
     AuditRecord,
     AuditSettings,
     Run,
@@ -213,13 +214,13 @@ class AuditWorker:
         allow_seconds(self._settings.timeout_s, self._threads)
         return self._auditor.audit(entry, **how)
 
-    def sign(self, values: Mapping[str, Any]) -> bytes:
+    def sign(self, kind: str, values: Mapping[str, Any]) -> bytes:
         """As `MasterSecret.sign`.
 
         Raises:
             UsageError: This worker has no master secret.
         """
-        return MasterSecret.from_file(self._settings.master_key_file).sign(values)
+        return MasterSecret.from_file(self._settings.master_key_file).sign(kind, values)
 
 
 def _cpus_of_this_node() -> float:
@@ -254,7 +255,7 @@ def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[
     verdicts: Counter[str] = Counter()
     try:
         # Before any actor has the room that the signing one may need.
-        before = _Before(plan, json.loads(sign({}))["signer"]).of if plan.before is not None else _nothing
+        before = _Before(plan, json.loads(sign("question", {}))["signer"]).of if plan.before is not None else _nothing
         _execute(plan, settings, before, verdicts, progress, worker)
         return _commit(plan, sign)
     except (KeyboardInterrupt, Exception) as error:
@@ -736,7 +737,7 @@ def _commit(plan: Plan, sign: ledger.Sign) -> Summary:
     with ThreadPoolExecutor(_IO_THREADS) as pool:
         parts = dict(zip(names, pool.map(storage.read, map(plan.locate, names)), strict=True))
     description = storage.read(plan.locate(run_path(plan.run.run_id, "run.json")))
-    storage.create(plan.manifest, sign(manifest(plan.run, description, parts)))
+    storage.create(plan.manifest, sign(MANIFEST, manifest(plan.run, description, parts)))
     return _entered(plan, storage.read(plan.manifest), sign)
 
 
@@ -761,10 +762,10 @@ def _signer(worker: type[AuditWorker], settings: AuditSettings) -> ledger.Sign:
     except UsageError:
         log.info("this process has no master secret: a worker signs")
 
-    def sign(values: Mapping[str, Any]) -> bytes:
+    def sign(kind: str, values: Mapping[str, Any]) -> bytes:
         actor = _spawner(worker, settings, 0.0)()
         try:
-            signed: bytes = ray.get(actor.sign.remote(values))
+            signed: bytes = ray.get(actor.sign.remote(kind, values))
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, UsageError) else error) from None
         finally:

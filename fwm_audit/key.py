@@ -166,9 +166,9 @@ class MasterSecret(_Secret):
         """Hex of the Ed25519 key that verifies what `sign` signed; public."""
         return self._signing_key().public_key().public_bytes_raw().hex()
 
-    def sign(self, values: Mapping[str, Any]) -> bytes:
-        """JSON of `values` with who signed it and the signature; `signed_values` reads it."""
-        full = {**values, "signer": self.public_key}
+    def sign(self, kind: str, values: Mapping[str, Any]) -> bytes:
+        """JSON of `values` with its kind, who signed it and the signature; `signed_values` reads it."""
+        full = {**values, "kind": kind, "signer": self.public_key}
         signature = self._signing_key().sign(canonical(full))
         return canonical(full | {"signature": signature.hex()})
 
@@ -223,11 +223,12 @@ def canonical(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, indent=2).encode() + b"\n"
 
 
-def signed_values(data: bytes, public_keys: Collection[str]) -> dict[str, Any]:
-    """What was signed, without signer and signature.
+def signed_values(data: bytes, kind: str, public_keys: Collection[str]) -> dict[str, Any]:
+    """What was signed, without kind, signer and signature.
 
     Args:
         data: From `MasterSecret.sign`; any other byte is an error, white space included.
+        kind: Of what it has to be; one kind of file must not stand for another.
         public_keys: Those that are trusted.
 
     Raises:
@@ -240,7 +241,7 @@ def signed_values(data: bytes, public_keys: Collection[str]) -> dict[str, Any]:
         same = canonical(unsigned | {"signature": signature.hex()}) == data
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("is not a signed JSON object") from None
-    if signer not in public_keys:
+    if not isinstance(signer, str) or signer not in public_keys:
         raise ValueError(f"was signed with the key {str(signer)[:64]!a}, which is not trusted")
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(signer)).verify(signature, canonical(unsigned))
@@ -248,7 +249,9 @@ def signed_values(data: bytes, public_keys: Collection[str]) -> dict[str, Any]:
         same = False
     if not same:
         raise ValueError("is not what was signed")
-    return {name: value for name, value in unsigned.items() if name != "signer"}
+    if unsigned.get("kind") != kind:
+        raise ValueError(f"is signed, but as a {unsigned.get('kind')}, not as a {kind}")
+    return {name: value for name, value in unsigned.items() if name not in {"kind", "signer"}}
 
 
 @dataclass(frozen=True, slots=True)

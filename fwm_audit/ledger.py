@@ -11,6 +11,7 @@ gone altogether: keep the head that each audit prints, and `verify` holds the le
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -24,14 +25,15 @@ from fwm_audit import storage
 from fwm_audit.commitment import committed_at
 from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
 from fwm_audit.key import signed_values
-from fwm_audit.records import Run, from_parquet, run_path
+from fwm_audit.records import MANIFEST, Run, from_parquet, run_path
 
 _THREADS: Final = 16
 _ENTRY: Final = re.compile(r"ledger/(\d{8})\.json")
 _PART: Final = re.compile(r"audits/run_date=\d{4}-\d\d-\d\d/(.+)-\d{6}\.parquet")
 _RUN: Final = re.compile(r"runs/([^/]+)/(?:run|manifest)\.json")
 
-Sign = Callable[[Mapping[str, Any]], bytes]
+Sign = Callable[[str, Mapping[str, Any]], bytes]
+_LEDGER: Final = "ledger"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +85,21 @@ def append(out: str, run_id: str, started_at: datetime, manifest: bytes, sign: S
             data = storage.read(_uri(out, number))
             head = Head(number, hashlib.sha256(data).hexdigest())
             last = last or head
-            entry = json.loads(data)
-            if (entry["run_id"], entry["manifest_sha256"]) == (run_id, digest):
+            entry = _unverified(data)
+            if (entry.get("run_id"), entry.get("manifest_sha256")) == (run_id, digest):
                 return head
-            if datetime.fromisoformat(entry["recorded_at"]) < started_at:
+            if _time(entry) < started_at:
                 break
         number = last.number + 1 if last else 1
         data = sign(
+            _LEDGER,
             {
                 "number": number,
                 "run_id": run_id,
                 "manifest_sha256": digest,
                 "previous_sha256": last.sha256 if last else None,
                 "recorded_at": datetime.now(UTC).isoformat(timespec="microseconds"),
-            }
+            },
         )
         if storage.create(_uri(out, number), data):
             return Head(number, hashlib.sha256(data).hexdigest())
@@ -168,17 +171,23 @@ class _Book:
         numbers = {int(match[1]) for name in names if (match := _ENTRY.fullmatch(name))}
         entries: list[_Entry] = []
         before: str | None = None
-        for number in range(1, max(numbers, default=0) + 1):
+        for last, number in itertools.pairwise([0, *sorted(numbers)]):
             path = f"ledger/{number:08d}.json"
+            if number > last + 1:
+                others = f", and {number - last - 2} after it" if number > last + 2 else ""
+                self.found(f"ledger/{last + 1:08d}.json", f"is missing{others}")
+                before = None
             data = self.read(path, names)
-            values = self.signed(path, data)
+            values = self.signed(path, _LEDGER, data)
             if data is None or values is None:
                 before = None if data is None else hashlib.sha256(data).hexdigest()
                 continue
+            previous = values.get("previous_sha256")
+            # Where the entry before is missing or changed, that has been found already.
+            follows = previous == before if before is not None else number > 1 or previous is None
             if values.get("number") != number:
                 self.found(path, f"is entry {values.get('number')}: entries were re-ordered")
-            # Where the entry before is missing or changed, that has been found already.
-            elif values.get("previous_sha256") != before and (before is not None or number == 1):
+            elif not follows:
                 self.found(path, "follows another entry than the one before it: one of the two was replaced")
             before = hashlib.sha256(data).hexdigest()
             entries.append(_Entry(number, before, str(values.get("run_id")), str(values.get("manifest_sha256"))))
@@ -193,11 +202,16 @@ class _Book:
             return paths, 0
         if digests != {hashlib.sha256(data).hexdigest()}:
             self.found(manifest, "is not the manifest that the ledger has entered")
-        values = self.signed(manifest, data)
+        values = self.signed(manifest, MANIFEST, data)
         if values is None:
             return paths, 0
         rows = 0
-        for path, digest in [(description, values["run_sha256"]), *((f["path"], f["sha256"]) for f in values["files"])]:
+        try:
+            files = [(description, values["run_sha256"]), *((file["path"], file["sha256"]) for file in values["files"])]
+        except (KeyError, TypeError):
+            self.found(manifest, "is signed, but describes no run")
+            return paths, 0
+        for path, digest in files:
             paths.add(path)
             content = self.read(path, pool_names)
             if content is None:
@@ -258,14 +272,33 @@ class _Book:
             self.found(path, f"cannot be read: {error.message}")
             return None
 
-    def signed(self, path: str, data: bytes | None) -> dict[str, Any] | None:
+    def signed(self, path: str, kind: str, data: bytes | None) -> dict[str, Any] | None:
         if data is None:
             return None
         try:
-            return signed_values(data, self.public_keys)
+            return signed_values(data, kind, self.public_keys)
         except ValueError as error:
             self.found(path, str(error))
             return None
+
+
+def _unverified(data: bytes) -> dict[str, Any]:
+    """An entry's values, for those who only want to know what stands there; none if it is no entry at all."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _time(entry: Mapping[str, Any]) -> datetime:
+    """When an entry says that it was made; now, if it does not."""
+    now = datetime.now(UTC)
+    try:
+        said = datetime.fromisoformat(entry["recorded_at"])
+    except (KeyError, TypeError, ValueError):
+        return now
+    return said if said.tzinfo is not None else now
 
 
 def _numbers(out: str) -> Iterable[int]:

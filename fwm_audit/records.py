@@ -36,6 +36,8 @@ from fwm_audit.key import canonical
 from fwm_audit.verdict import Displacement, Tolerance, Verdict
 
 SCHEMA_VERSION: Final = 1
+#: What a signed manifest is signed as.
+MANIFEST: Final = "manifest"
 _TIME = pa.timestamp("us", tz="UTC")
 SCHEMA: Final = pa.schema(
     [

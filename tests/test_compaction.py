@@ -37,7 +37,7 @@ def add(out, run_id, started, *, rows=5, complete=True):
         storage.create(f"{out}/{run.part(shard)}", parts[run.part(shard)])
     if complete:
         storage.create(f"{out}/{run_path(run_id, 'run.json')}", run.to_json())
-        signed = MASTER.sign(manifest(run, run.to_json(), parts))
+        signed = MASTER.sign("manifest", manifest(run, run.to_json(), parts))
         storage.create(f"{out}/{run_path(run_id, 'manifest.json')}", signed)
     return run
 

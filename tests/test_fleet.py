@@ -286,7 +286,7 @@ def test_where_the_driver_has_no_master_secret_a_worker_signs(models, monkeypatc
     job = models.job(["ok"] * 3)
     monkeypatch.delenv("FWM_MASTER_KEY_FILE")
     summary = run_audit(job, worker=Worker)
-    assert signed_values(Path(summary.manifest).read_bytes(), [public])["rows"] == 3
+    assert signed_values(Path(summary.manifest).read_bytes(), "manifest", [public])["rows"] == 3
     assert ledger.verify(job.out, [public], head=summary.ledger.sha256).findings == ()
 
 

@@ -130,8 +130,8 @@ def test_derivation_gives_the_committed_vectors():
     assert key.stream("noise/0", 48).hex() == vectors["stream"]
     assert master.open(bytes.fromhex(vectors["sealed"])) == b"plaintext"
     assert master.public_key == vectors["public_key"]
-    assert master.sign({"b": [1, None], "a": "x"}).decode() == vectors["signed"]
-    assert signed_values(vectors["signed"].encode(), [vectors["public_key"]]) == {"b": [1, None], "a": "x"}
+    assert master.sign("x", {"b": [1, None], "a": "x"}).decode() == vectors["signed"]
+    assert signed_values(vectors["signed"].encode(), "x", [vectors["public_key"]]) == {"b": [1, None], "a": "x"}
 
 
 @pytest.mark.parametrize("other", [("n", "ab" * 32, "s"), ("m", "cd" * 32, "s"), ("m", "ab" * 32, "t")])

@@ -35,7 +35,7 @@ def add(out, run_id, *, rows=3, complete=True, master=MASTER, **changes):
     storage.create(f"{out}/{run_path(run_id, 'run.json')}", run.to_json())
     if not complete:
         return None
-    signed = master.sign(manifest(run, run.to_json(), parts))
+    signed = master.sign("manifest", manifest(run, run.to_json(), parts))
     storage.create(f"{out}/{run_path(run_id, 'manifest.json')}", signed)
     return ledger.append(str(out), run_id, run.started_at, signed, master.sign)
 
@@ -179,6 +179,41 @@ def test_another_master_secret_signs_nothing_for_this_one(tmp_path):
     assert not verified(tmp_path, [*TRUSTED, OTHER.public_key]).findings
 
 
+def test_what_else_was_signed_stands_for_no_entry_and_no_manifest(tmp_path):
+    """Neither crashes the proof: each is found."""
+    add(tmp_path, "a")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    others = [
+        *files.values(),
+        MASTER.sign("commitment", {}),
+        MASTER.sign("manifest", {}),
+        MASTER.sign("ledger", {}),
+        b"{}",
+        b"[[[[",
+    ]
+    for path, data in files.items():
+        for other in others:
+            if other != data:
+                path.write_bytes(other)
+                assert str(path.relative_to(tmp_path)) in found(tmp_path)
+        path.write_bytes(data)
+
+
+def test_a_ledger_with_foreign_entries_still_takes_new_ones(tmp_path):
+    """What others put there stops no audit, and is found."""
+    add(tmp_path, "a")
+    for number, data in enumerate(
+        (b"", b"[]", b'{"recorded_at": 7, "run_id": "b"}', b'{"recorded_at": "2026-01-01"}'), 2
+    ):
+        (tmp_path / f"ledger/{number:08}.json").write_bytes(data)
+    assert add(tmp_path, "b").number == 6
+    assert found(tmp_path) >= {f"ledger/{number:08}.json" for number in (2, 3, 4, 5)}
+    (tmp_path / "ledger/99999999.json").write_bytes(b"")
+    problems = {finding.path: finding.problem for finding in verified(tmp_path).findings}
+    assert problems["ledger/00000007.json"] == "is missing, and 99999991 after it"
+    assert "ledger/99999999.json" in problems
+
+
 def test_whoever_enters_a_run_twice_or_at_once_makes_one_ledger(tmp_path):
     first = add(tmp_path, "a")
     data = (tmp_path / "runs/a/manifest.json").read_bytes()
@@ -194,23 +229,25 @@ def test_whoever_enters_a_run_twice_or_at_once_makes_one_ledger(tmp_path):
 
 def test_a_signed_text_is_exactly_what_was_signed():
     values = {"a": 1, "b": ["x", None], "c": {"d": 0.5}}
-    data = MASTER.sign(values)
-    assert signed_values(data, TRUSTED) == values
+    data = MASTER.sign("x", values)
+    assert signed_values(data, "x", TRUSTED) == values
     with pytest.raises(ValueError, match="not trusted"):
-        signed_values(data, [OTHER.public_key])
+        signed_values(data, "x", [OTHER.public_key])
+    with pytest.raises(ValueError, match="as a x, not as a y"):
+        signed_values(data, "y", TRUSTED)
     signature = json.loads(data)["signature"]
     for changed in (
         json.dumps(json.loads(data)).encode(),  # the same values in another form
         data.replace(signature.encode(), signature.upper().encode()),
         canonical(json.loads(data) | {"a": 2}),
-        canonical(json.loads(OTHER.sign(values)) | {"signer": MASTER.public_key}),
+        canonical(json.loads(OTHER.sign("x", values)) | {"signer": MASTER.public_key}),
         b"[]",
         b"{}",
         b"\xff",
         b"[" * 100_000,
     ):
         with pytest.raises(ValueError, match=r"signed"):
-            signed_values(changed, TRUSTED)
+            signed_values(changed, "x", TRUSTED)
 
 
 def test_a_commitment_is_made_once_and_speaks_for_one_key(tmp_path):
@@ -225,7 +262,9 @@ def test_a_commitment_is_made_once_and_speaks_for_one_key(tmp_path):
     with pytest.raises(ValueError, match="not trusted"):
         committed_at(str(tmp_path), "m", "0" * 16, fingerprint(sealed), [OTHER.public_key])
     for name, value in (("model_id", "n"), ("key_id", "2" * 16), ("fingerprint", "3" * 64)):
-        path.write_bytes(MASTER.sign({**signed_values(path.read_bytes(), TRUSTED), name: value}))
+        path.write_bytes(
+            MASTER.sign("commitment", {**signed_values(path.read_bytes(), "commitment", TRUSTED), name: value})
+        )
         with pytest.raises(ValueError, match="another key"):
             committed_at(str(tmp_path), "m", "0" * 16, fingerprint(sealed), TRUSTED)
         path.unlink()
@@ -243,8 +282,8 @@ def test_keys_from_before_the_run_are_told_from_later_ones(tmp_path):
     (finding,) = verified(out, keys=str(keys)).findings
     assert "was committed to" in finding.problem
     (path,) = (keys / "team/m").iterdir()
-    values = signed_values(path.read_bytes(), TRUSTED)
-    path.write_bytes(MASTER.sign(values | {"committed_at": (BEGIN - timedelta(days=1)).isoformat()}))
+    values = signed_values(path.read_bytes(), "commitment", TRUSTED)
+    path.write_bytes(MASTER.sign("commitment", values | {"committed_at": (BEGIN - timedelta(days=1)).isoformat()}))
     assert not found(out, keys=str(keys))
 
 

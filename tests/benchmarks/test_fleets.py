@@ -1,0 +1,64 @@
+"""The simulated dispatcher keeps within what any schedule can do, and near to what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fwm_audit import fleet
+from tests.benchmarks.fleets import OFF, RESULTS, Cluster, Work, costs, points, requests, simulate
+
+seconds = st.floats(0.0, 10.0)
+works = st.lists(st.builds(Work, st.integers(1, 40), st.integers(0, 1 << 28), seconds, seconds), min_size=1, max_size=3)
+
+
+@given(works, st.integers(1, 9), seconds, seconds, st.floats(1e6, 1e10))
+def test_a_run_takes_no_less_than_its_busiest_part_and_no_more_than_all_in_a_row(fleet_, workers, driver, start, rate):
+    cluster = Cluster(workers, start, driver, 0.0, 0.0, rate)
+    outcome = simulate(fleet_, cluster)
+    count = sum(work.count for work in fleet_)
+    spent = outcome.seconds - start
+    on_link = sum(work.count * work.bytes for work in fleet_) / rate
+    computed = sum(work.count * work.compute_s for work in fleet_)
+    fetched = sum(work.count * work.fetch_s for work in fleet_)
+    slack = 1e-6 * (1 + spent)
+    assert spent >= max(computed / workers, driver * count, on_link) - slack
+    assert spent <= computed + fetched + driver * count + on_link * 2 + slack
+
+
+def test_workers_divide_the_work_until_the_driver_is_busy():
+    work = [Work(1000, 0, 0.0, 1.0)]
+    alone = simulate(work, Cluster(1, 0.0, 0.01, 0.0, 0.0, math.inf))
+    assert alone.seconds == pytest.approx(1010)
+    ten = simulate(work, Cluster(10, 0.0, 0.01, 0.0, 0.0, math.inf))
+    assert ten.seconds == pytest.approx(101, rel=0.01)
+    crowd = simulate(work, Cluster(1000, 0.0, 0.01, 0.0, 0.0, math.inf))
+    assert crowd.seconds == pytest.approx(11, rel=0.01)
+    assert crowd.driver > 0.9 > crowd.workers
+
+
+def test_workers_are_replaced():
+    count = 2 * fleet._MODELS_PER_ACTOR + 1
+    work = [Work(count, 0, 0.0, 0.1)]
+    kept, replaced = (simulate(work, Cluster(1, 0.0, 0.0, 0.0, pause, math.inf)).seconds for pause in (0.0, 7.0))
+    assert replaced - kept == pytest.approx(14)
+
+
+def test_it_meets_what_was_measured():
+    curves, speed = (json.loads((RESULTS / name).read_text()) for name in ("curves.json", "speed.json"))
+    met = points(curves, speed)
+    assert len(met) >= 7
+    assert {name for name, measured, simulated in met if abs(simulated / measured - 1) > OFF} == set()
+
+
+def test_requests_are_those_that_were_counted():
+    """Of an audit whose keys were local: the store was asked for models, parts and the run's own files."""
+    curves = json.loads((RESULTS / "curves.json").read_text())
+    seen = curves["requests"]
+    expected = requests(seen["models"], 814_416, workers=seen["workers"], keys=0)
+    assert sum(seen["counted"].values()) == sum(expected.values())
+    assert costs(curves, 1).driver_s > 0
