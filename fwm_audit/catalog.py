@@ -88,7 +88,9 @@ def check_uri(uri: str, *, local: bool) -> str:
         raise CatalogError(
             ErrorCode.CATALOG_ROW, f"the row has no uri, or one of other than 1 to {_MAX_URI} visible characters"
         )
-    if "::" in uri or (colon and scheme not in {*STORES, "file"}):
+    # Before an @ stand credentials, or behind it the account of another company.
+    foreign = colon and (scheme not in {*STORES, "file"} or "@" in rest.partition("/")[0])
+    if "::" in uri or foreign:
         raise CatalogError(
             ErrorCode.URI_NOT_ALLOWED,
             f"{uri[:120]!a} is in no object store: {', '.join(sorted(STORES))} are read, chained URIs are not",

@@ -29,6 +29,8 @@ _PICKLE_MAGIC: Final = re.compile(rb"\x80[\x02-\x05]")
 #: Two orders of magnitude above the tensors of the largest models, and what it takes to list so many.
 _MAX_TENSORS: Final = 100_000
 _MAX_LISTING_BYTES: Final = 32 << 20
+#: Of a descriptor behind a member's bytes, the longest that there is.
+_TRAILER_BYTES: Final = 24
 _END_OF_ZIP, _END_OF_ZIP64, _ZIP64_LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _FLOATING: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _WRAPPERS: Final = ("state_dict", "model")
@@ -203,24 +205,26 @@ def _check_archive(path: str) -> None:
             directory, comment = archive.start_dir, archive.comment
         names = [member.filename.partition("/")[2] for member in members]
     except Exception as error:  # zipfile lets struct.error, ValueError and more through
+        _no_memory(error)
         raise _corrupt(error) from error
     if "data.pkl" not in names:
         raise CheckpointError(ErrorCode.CONTAINER_UNKNOWN, f"a zip archive, but not of torch.save: {_RESAVE}")
     if any(name == "constants.pkl" or name.startswith("code/") for name in names):
         raise CheckpointError(ErrorCode.CHECKPOINT_UNSAFE, f"a TorchScript archive holds code: {_RESAVE}")
     size = os.path.getsize(path)  # noqa: PTH202  # as above
-    pickled = max(member.file_size for member, name in zip(members, names, strict=True) if name == "data.pkl")
+    pickled = max(member.file_size for member, name in zip(members, names, strict=True) if name.lower() == "data.pkl")
     with open(path, "rb") as file:  # noqa: PTH123  # as above
         unusual = (
             comment
             or len(members) > _MAX_TENSORS
             or pickled > _MAX_LISTING_BYTES
             or len({member.filename.partition("/")[0] for member in members}) != 1
-            or len(set(names)) != len(names)
+            or len({name.lower() for name in names}) != len(names)  # torch's reader does not tell a from A
             or not all(map(_is_plain, members))
             or sum(member.file_size for member in members) > size
             or directory != _directory(file, size)
-            or not _apart(file, members, directory)
+            or (places := _places(file, members, directory)) is None
+            or places != _places_for_torch(path)
         )
     if unusual:
         raise CheckpointError(
@@ -252,34 +256,55 @@ def _directory(file: BinaryIO, size: int) -> int | None:
     if not record.startswith(_END_OF_ZIP):
         return None
     offset = int.from_bytes(record[16:20], "little")
-    if offset != 0xFFFFFFFF:
-        return offset
     file.seek(max(0, size - 42))
     locator = file.read(20)
     if not locator.startswith(_ZIP64_LOCATOR):
-        return None
-    at = int.from_bytes(locator[8:16], "little")
-    if at >= size:
-        return None
-    file.seek(at)
+        return None if offset == 0xFFFFFFFF else offset
+    # Where there is a locator, some readers go by it, and others by what stands before it: that has to be one.
+    file.seek(max(0, size - 98))
     record = file.read(56)
-    return int.from_bytes(record[48:56], "little") if record.startswith(_END_OF_ZIP64) else None
+    if not record.startswith(_END_OF_ZIP64) or int.from_bytes(locator[8:16], "little") != size - 98:
+        return None
+    found = int.from_bytes(record[48:56], "little")
+    return found if offset in {found, 0xFFFFFFFF} else None
 
 
-def _apart(file: BinaryIO, members: Sequence[zipfile.ZipInfo], directory: int) -> bool:
-    """Whether every member stands where the directory says, under the same name, and none reaches into another."""
-    end = 0
+def _places(file: BinaryIO, members: Sequence[zipfile.ZipInfo], directory: int) -> dict[str, tuple[int, int]] | None:
+    """Where each member's bytes begin, and how many they are.
+
+    None if one is not where the directory says, or under another name, or reaches into another, or if there is
+    room between them for more than the 24 bytes that may follow a member's own.
+    """
+    end, places = 0, {}
     for member in sorted(members, key=lambda member: member.header_offset):
-        if member.header_offset < end:
-            return False
+        if not 0 <= member.header_offset - end <= _TRAILER_BYTES:
+            return None
         file.seek(member.header_offset)
         header = file.read(30)
         length, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
         name = file.read(length)
         if not header.startswith(_ZIP_MAGIC) or header[8:10] != b"\0\0" or name != member.orig_filename.encode():
-            return False
-        end = member.header_offset + 30 + length + extra + member.file_size
-    return end <= directory
+            return None
+        start = member.header_offset + 30 + length + extra
+        end = start + member.file_size
+        places[member.filename.partition("/")[2]] = start, member.file_size
+    return places if 0 <= directory - end <= _TRAILER_BYTES else None
+
+
+def _places_for_torch(path: str) -> dict[str, tuple[int, int]]:
+    """As `_places`, by the reader that torch.load will read with: what it sees is what is checked.
+
+    Raises:
+        CheckpointError: It cannot read the archive.
+    """
+    try:
+        reader: Any = torch._C.PyTorchFileReader(path)  # noqa: SLF001 - there is no other way to ask it
+        return {
+            name: (reader.get_record_offset(name), reader.get_record_size(name)) for name in reader.get_all_records()
+        }
+    except Exception as error:
+        _no_memory(error)
+        raise _corrupt(error) from error
 
 
 def _unwrapped(loaded: Any) -> Any:

@@ -88,12 +88,15 @@ def read_run(out: str, run_id: str, public_key: str | None = None) -> list[pa.Ta
 
     Raises:
         StorageError: The manifest or a part cannot be read.
-        UsageError: The manifest is not signed, or a part is not what it says.
+        UsageError: The manifest is not signed, or is another run's, or a part is not what it says.
     """
     data = storage.read(storage.join(out, run_path(run_id, "manifest.json")))
     try:
         manifest = signed_values(data, MANIFEST, [public_key]) if public_key is not None else json.loads(data)
-    except ValueError as error:
+        described = hashlib.sha256(storage.read(storage.join(out, run_path(run_id, "run.json")))).hexdigest()
+        if (manifest["run_id"], manifest["run_sha256"]) != (run_id, described):
+            raise ValueError("is another run's")
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"the manifest of run {run_id} {error}: audit without --incremental once") from None
 
     def checked(file: dict[str, str]) -> pa.Table:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import logging
 import math
 import os
@@ -38,19 +37,20 @@ from fwm_audit.catalog import CatalogEntry, read_catalog
 from fwm_audit.compaction import read_run
 from fwm_audit.confinement import allow_seconds, confine, share_of_memory
 from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
-from fwm_audit.key import MasterSecret, fingerprint, key_name
+from fwm_audit.key import MasterSecret, SessionKey, fingerprint, key_name, signed_values
 from fwm_audit.records import (
     MANIFEST,
+    RUN,
     AuditRecord,
     AuditSettings,
     Run,
     check_run_id,
     counts,
     error_record,
-    from_parquet,
     manifest,
     record_of,
     run_path,
+    signed_part,
     to_parquet,
 )
 from fwm_audit.verdict import Tolerance, Verdict
@@ -76,6 +76,8 @@ _TICK_S: Final = 1.0
 _PATIENCE_S: Final = 30.0
 _IO_THREADS: Final = 16
 
+#: Who signs a run's files.
+Signer = MasterSecret | SessionKey
 #: Records so far, records of a complete run, records by verdict.
 Progress = Callable[[int, int, Mapping[str, int]], None]
 
@@ -200,12 +202,9 @@ class AuditWorker:
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         self._threads = max(1, int(cpus))
         torch.set_num_threads(self._threads)
-        if settings.device == "cuda":
-            confine(None)  # CUDA reserves addresses by the hundred gigabytes
-        else:
-            limit = settings.memory_bytes or share_of_memory(cpus / _cpus_of_this_node())
-            settings = replace(settings, memory_bytes=limit)
-            confine(limit)
+        limit = settings.memory_bytes or share_of_memory(cpus / _cpus_of_this_node())
+        settings = replace(settings, memory_bytes=limit)  # the largest object that is fetched
+        confine(limit if settings.device != "cuda" else None)  # CUDA reserves addresses by the hundred gigabytes
         self._auditor = Auditor(settings, f"{socket.gethostname()}:{os.getpid()}")
 
     def audit(self, entry: CatalogEntry, **how: Any) -> AuditRecord:
@@ -214,13 +213,14 @@ class AuditWorker:
         allow_seconds(self._settings.timeout_s, self._threads)
         return self._auditor.audit(entry, **how)
 
-    def sign(self, kind: str, values: Mapping[str, Any]) -> bytes:
-        """As `MasterSecret.sign`.
+    def certify(self, public_key: str) -> bytes:
+        """What lets a driver without the master secret sign, see `SessionKey`.
 
         Raises:
             UsageError: This worker has no master secret.
         """
-        return MasterSecret.from_file(self._settings.master_key_file).sign(kind, values)
+        master = MasterSecret.from_file(self._settings.master_key_file)
+        return master.sign("session", {"public_key": public_key, "run_id": self._settings.run_id})
 
 
 def _cpus_of_this_node() -> float:
@@ -243,21 +243,23 @@ def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[
         IncompleteError: The run stopped early; the same run id resumes it.
     """
     job = plan.job
-    if not plan.resumed and not storage.create(plan.locate(run_path(job.run_id, "run.json")), plan.run.to_json()):
+    signer = _signer(worker, _settings(plan))
+    described = plan.locate(run_path(job.run_id, "run.json"))
+    if not plan.resumed and not storage.create(described, signer.sign(RUN, plan.run.values())):
         plan = plan_audit(job)  # another driver began this run a moment ago: agree with it, or refuse
+    description = storage.read(described)
+    _signed_here(described, description, RUN, signer)
     settings = _settings(plan)
-    sign = _signer(worker, settings)
     try:
-        return _entered(plan, storage.read(plan.manifest), sign)
+        return _entered(plan, storage.read(plan.manifest), description, signer)
     except StorageError as error:
         if error.code is not ErrorCode.OBJECT_MISSING:
             raise
     verdicts: Counter[str] = Counter()
     try:
-        # Before any actor has the room that the signing one may need.
-        before = _Before(plan, json.loads(sign("question", {}))["signer"]).of if plan.before is not None else _nothing
-        _execute(plan, settings, before, verdicts, progress, worker)
-        return _commit(plan, sign)
+        before = _Before(plan, signer.public_key).of if plan.before is not None else _nothing
+        _execute(plan, settings, before, verdicts, progress, worker, _Parts(plan, description, signer))
+        return _commit(plan, description, signer)
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, UsageError) and not verdicts[Verdict.TAMPERED]:
             raise
@@ -628,6 +630,7 @@ def _execute(
     verdicts: Counter[str],
     progress: Progress,
     worker: type[AuditWorker],
+    parts: _Parts,
 ) -> None:
     """Audit the missing shards and write each when it is complete; `verdicts` counts the run's records."""
     job, run = plan.job, plan.run
@@ -649,9 +652,8 @@ def _execute(
     waiting: defaultdict[int, dict[int, AuditRecord]] = defaultdict(dict)
     writes: deque[Future[bool]] = deque()
     with ThreadPoolExecutor(_IO_THREADS) as pool, closing(dispatcher.records(usable)) as audited:
-        stored = [plan.locate(run.part(shard)) for shard in sorted(set(range(run.shards)) - set(plan.missing))]
-        for part in pool.map(storage.read, stored):
-            verdicts.update(from_parquet(part)["verdict"].to_pylist())
+        for table in pool.map(parts.read, sorted(set(range(run.shards)) - set(plan.missing))):
+            verdicts.update(table["verdict"].to_pylist())
         for task, record in itertools.chain(unusable, audited):
             _log_finding(record)
             verdicts[record.verdict] += 1
@@ -660,7 +662,7 @@ def _execute(
             if len(shard) == len(entries):
                 del waiting[task.shard]
                 records = [shard[entry.row] for entry in entries]
-                writes.append(pool.submit(_write, plan.locate(run.part(task.shard)), records))
+                writes.append(pool.submit(parts.write, task.shard, records))
             # Storage that is slower than the audit holds the audit up, instead of filling memory.
             while writes and (writes[0].done() or len(writes) > 2 * _IO_THREADS):
                 writes.popleft().result()
@@ -724,52 +726,99 @@ def _log_finding(record: AuditRecord) -> None:
         log.warning("error: %s %s: %s: %s", record.model_id, record.uri, record.error_code, record.error_message)
 
 
-def _write(uri: str, records: Sequence[AuditRecord]) -> bool:
-    return storage.create(uri, to_parquet(records))
+class _Parts:
+    """The parts of a run: each is signed for this run, and no other is taken for one."""
+
+    def __init__(self, plan: Plan, description: bytes, signer: Signer) -> None:
+        self._plan, self._signer = plan, signer
+        self._run_sha256 = hashlib.sha256(description).hexdigest()
+
+    def write(self, shard: int, records: Sequence[AuditRecord]) -> bool:
+        """Store a part, unless there is one; which `_commit` then reads."""
+        name = self._plan.run.part(shard)
+        return storage.create(self._plan.locate(name), to_parquet(records, name, self._run_sha256, self._signer.sign))
+
+    def read(self, shard: int) -> pa.Table:
+        """The rows of a stored part.
+
+        Raises:
+            UsageError: No driver of this run wrote it.
+        """
+        return self.checked(self._plan.run.part(shard), storage.read(self._plan.locate(self._plan.run.part(shard))))
+
+    def checked(self, name: str, data: bytes) -> pa.Table:
+        """As `read`, of a part that has been read."""
+        try:
+            return signed_part(data, name, self._run_sha256, [self._signer.public_key])
+        except ValueError as error:
+            raise _foreign(self._plan.locate(name), error) from None
+
+
+def _signed_here(uri: str, data: bytes, kind: str, signer: Signer) -> dict[str, Any]:
+    try:
+        return signed_values(data, kind, [signer.public_key])
+    except ValueError as error:
+        raise _foreign(uri, error) from None
+
+
+def _foreign(uri: str, error: ValueError) -> UsageError:
+    return UsageError(
+        f"{uri} {error}: under this master secret no audit wrote it. Find out who did, and start a new run with a new "
+        "--run-id"
+    )
 
 
 # -------------------------------------------------------------------------------------------- commit
 
 
-def _commit(plan: Plan, sign: ledger.Sign) -> Summary:
+def _commit(plan: Plan, description: bytes, signer: Signer) -> Summary:
     """Write the manifest from the parts as stored: of two drivers, the first to write a part has it."""
     names = [plan.run.part(shard) for shard in range(plan.run.shards)]
     with ThreadPoolExecutor(_IO_THREADS) as pool:
         parts = dict(zip(names, pool.map(storage.read, map(plan.locate, names)), strict=True))
-    description = storage.read(plan.locate(run_path(plan.run.run_id, "run.json")))
-    storage.create(plan.manifest, sign(MANIFEST, manifest(plan.run, description, parts)))
-    return _entered(plan, storage.read(plan.manifest), sign)
+    signed = _Parts(plan, description, signer)
+    for name, data in parts.items():
+        signed.checked(name, data)
+    storage.create(plan.manifest, signer.sign(MANIFEST, manifest(plan.run, description, parts)))
+    return _entered(plan, storage.read(plan.manifest), description, signer)
 
 
-def _entered(plan: Plan, data: bytes, sign: ledger.Sign) -> Summary:
-    """The summary of a run that has a manifest, once the ledger has it, too."""
-    head = ledger.append(storage.absolute(plan.job.out), plan.run.run_id, plan.run.started_at, data, sign)
-    values = json.loads(data)
+def _entered(plan: Plan, data: bytes, description: bytes, signer: Signer) -> Summary:
+    """The summary of a run that has a manifest, once the ledger has it, too.
+
+    Raises:
+        UsageError: No driver of this run wrote the manifest.
+    """
+    values = _signed_here(plan.manifest, data, MANIFEST, signer)
+    if (values["run_id"], values["run_sha256"]) != (plan.run.run_id, hashlib.sha256(description).hexdigest()):
+        raise _foreign(plan.manifest, ValueError("is another run's"))
+    out, started = storage.absolute(plan.job.out), plan.run.started_at
+    head = ledger.append(out, plan.run.run_id, started, data, signer.sign, [signer.public_key])
     return Summary(
         run_id=values["run_id"],
         verdicts=values["verdicts"],
         errors=values["errors"],
-        carried=values.get("carried", 0),
+        carried=values["carried"],
         manifest=plan.manifest,
         ledger=head,
     )
 
 
-def _signer(worker: type[AuditWorker], settings: AuditSettings) -> ledger.Sign:
-    """By the master secret of this process, or where it has none by a worker's."""
+def _signer(worker: type[AuditWorker], settings: AuditSettings) -> Signer:
+    """The master secret of this process or, where it has none, a key that a worker certifies by its own."""
     try:
-        return MasterSecret.from_file(settings.master_key_file).sign
+        return MasterSecret.from_file(settings.master_key_file)
     except UsageError:
-        log.info("this process has no master secret: a worker signs")
+        log.info("this process has no master secret: a worker certifies what it signs")
 
-    def sign(kind: str, values: Mapping[str, Any]) -> bytes:
+    def certify(public_key: str) -> bytes:
         actor = _spawner(worker, settings, 0.0)()
         try:
-            signed: bytes = ray.get(actor.sign.remote(kind, values))
+            signed: bytes = ray.get(actor.certify.remote(public_key))
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, UsageError) else error) from None
         finally:
             ray.kill(actor)
         return signed
 
-    return sign
+    return SessionKey(certify)

@@ -22,7 +22,7 @@ import os
 import secrets
 import shlex
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -168,9 +168,7 @@ class MasterSecret(_Secret):
 
     def sign(self, kind: str, values: Mapping[str, Any]) -> bytes:
         """JSON of `values` with its kind, who signed it and the signature; `signed_values` reads it."""
-        full = {**values, "kind": kind, "signer": self.public_key}
-        signature = self._signing_key().sign(canonical(full))
-        return canonical(full | {"signature": signature.hex()})
+        return _signed(self._signing_key(), {**values, "kind": kind})
 
     def _signing_key(self) -> Ed25519PrivateKey:
         return Ed25519PrivateKey.from_private_bytes(_hkdf(self._bytes, "sign"))
@@ -218,6 +216,31 @@ def _printed(command: str) -> bytes:
     return done.stdout
 
 
+class SessionKey:
+    """Signs in the place of a master secret that is elsewhere: by a key of its own, which that secret certifies.
+
+    Args:
+        certify: From the public key to `MasterSecret.sign("session", {"public_key": ...})`, where the secret is.
+
+    Attributes:
+        public_key: That of the master secret.
+    """
+
+    def __init__(self, certify: Callable[[str], bytes]) -> None:
+        self._private = Ed25519PrivateKey.generate()
+        self._certificate = json.loads(certify(self._private.public_key().public_bytes_raw().hex()))
+        self.public_key: str = self._certificate["signer"]
+
+    def sign(self, kind: str, values: Mapping[str, Any]) -> bytes:
+        """As `MasterSecret.sign`."""
+        return _signed(self._private, {**values, "kind": kind, "certificate": self._certificate})
+
+
+def _signed(private: Ed25519PrivateKey, values: dict[str, Any]) -> bytes:
+    full = values | {"signer": private.public_key().public_bytes_raw().hex()}
+    return canonical(full | {"signature": private.sign(canonical(full)).hex()})
+
+
 def canonical(values: Mapping[str, Any]) -> bytes:
     """The one JSON text of these values that is signed and stored."""
     return json.dumps(values, sort_keys=True, indent=2).encode() + b"\n"
@@ -241,6 +264,13 @@ def signed_values(data: bytes, kind: str, public_keys: Collection[str]) -> dict[
         same = canonical(unsigned | {"signature": signature.hex()}) == data
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("is not a signed JSON object") from None
+    if (certificate := unsigned.pop("certificate", None)) is not None:
+        try:
+            certified = signed_values(canonical(certificate), "session", public_keys)["public_key"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            certified = None
+        public_keys = [certified] if isinstance(certified, str) else []
+        unsigned["certificate"] = certificate
     if not isinstance(signer, str) or signer not in public_keys:
         raise ValueError(f"was signed with the key {str(signer)[:64]!a}, which is not trusted")
     try:
@@ -251,7 +281,7 @@ def signed_values(data: bytes, kind: str, public_keys: Collection[str]) -> dict[
         raise ValueError("is not what was signed")
     if unsigned.get("kind") != kind:
         raise ValueError(f"is signed, but as a {unsigned.get('kind')}, not as a {kind}")
-    return {name: value for name, value in unsigned.items() if name not in {"kind", "signer"}}
+    return {name: value for name, value in unsigned.items() if name not in {"kind", "signer", "certificate"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +304,7 @@ def read_header(sealed: bytes) -> Header:
         raise KeyFileError(ErrorCode.KEY_UNREADABLE, "not a sealed key of this version, or cut short")
     try:
         values = json.loads(sealed[start : start + length])
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise KeyFileError(ErrorCode.KEY_UNREADABLE, "the sealed key's header was altered")

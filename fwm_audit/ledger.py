@@ -10,12 +10,12 @@ gone altogether: keep the head that each audit prints, and `verify` holds the le
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
-import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,14 +25,16 @@ from fwm_audit import storage
 from fwm_audit.commitment import committed_at
 from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
 from fwm_audit.key import signed_values
-from fwm_audit.records import MANIFEST, Run, from_parquet, run_path
+from fwm_audit.records import MANIFEST, RUN, Run, Sign, from_parquet, run_path, signed_part
 
 _THREADS: Final = 16
 _ENTRY: Final = re.compile(r"ledger/(\d{8})\.json")
 _PART: Final = re.compile(r"audits/run_date=\d{4}-\d\d-\d\d/(.+)-\d{6}\.parquet")
 _RUN: Final = re.compile(r"runs/([^/]+)/(?:run|manifest)\.json")
 
-Sign = Callable[[str, Mapping[str, Any]], bytes]
+#: Foreign files that are gone around at the end of a ledger, and the most bytes of an entry and of a run's own file.
+_TRIES: Final = 100
+_ENTRY_BYTES, _FILE_BYTES = 1 << 16, 1 << 28
 _LEDGER: Final = "ledger"
 
 
@@ -64,45 +66,59 @@ class Verified:
     incomplete: tuple[str, ...]
 
 
-def append(out: str, run_id: str, started_at: datetime, manifest: bytes, sign: Sign) -> Head:
+def append(
+    out: str, run_id: str, started_at: datetime, manifest: bytes, sign: Sign, public_keys: Collection[str]
+) -> Head:
     """Enter a complete run at the end of the ledger, unless it stands there.
+
+    What others put into the ledger is gone around, for `verify` to find.
 
     Args:
         out: The output.
         run_id: The run.
         started_at: When it began; entries from before that are not looked at.
         manifest: Its manifest, as stored.
-        sign: Values to a signed file.
+        sign: Signs the entry.
+        public_keys: Whose entries count.
 
     Raises:
-        StorageError: The store cannot be read or written.
+        StorageError: The store cannot be read or written, or the ledger is full of foreign files.
     """
     digest = hashlib.sha256(manifest).hexdigest()
-    while True:
-        numbers = sorted(_numbers(out))
-        last = None
-        for number in reversed(numbers):
-            data = storage.read(_uri(out, number))
-            head = Head(number, hashlib.sha256(data).hexdigest())
-            last = last or head
-            entry = _unverified(data)
-            if (entry.get("run_id"), entry.get("manifest_sha256")) == (run_id, digest):
-                return head
-            if _time(entry) < started_at:
+    taken: set[int] = set()
+    for _ in range(_TRIES):
+        there = set(_numbers(out))
+        for number in sorted(there, reverse=True):
+            data = _small(_uri(out, number))
+            try:
+                entry = signed_values(data, _LEDGER, public_keys)
+                recorded = datetime.fromisoformat(entry["recorded_at"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            if (entry["run_id"], entry["manifest_sha256"]) == (run_id, digest):
+                return Head(number, hashlib.sha256(data).hexdigest())
+            if recorded < started_at:
                 break
-        number = last.number + 1 if last else 1
+        # Behind the last entry before any gap, whoever wrote it: another master secret may have been in use.
+        number = next(number for number in itertools.count(1) if number not in there | taken)
+        before = max((other for other in there if other < number), default=None)
+        previous = hashlib.sha256(_small(_uri(out, before))).hexdigest() if before is not None else None
         data = sign(
             _LEDGER,
             {
                 "number": number,
                 "run_id": run_id,
                 "manifest_sha256": digest,
-                "previous_sha256": last.sha256 if last else None,
+                "previous_sha256": previous,
                 "recorded_at": datetime.now(UTC).isoformat(timespec="microseconds"),
             },
         )
         if storage.create(_uri(out, number), data):
             return Head(number, hashlib.sha256(data).hexdigest())
+        taken.add(number)  # by another run, which the next listing shows, or by something that it does not show
+    raise StorageError(
+        ErrorCode.STORAGE, f"{_TRIES} places of the ledger under {out} are taken: see jobs.report --verify"
+    )
 
 
 def verify(out: str, public_keys: Collection[str], *, head: str | None = None, keys: str | None = None) -> Verified:
@@ -118,8 +134,9 @@ def verify(out: str, public_keys: Collection[str], *, head: str | None = None, k
         StorageError: The store cannot be listed.
     """
     prefix = storage.absolute(out).rstrip("/") + "/"
-    names = {item.uri.removeprefix(prefix) for item in storage.listing(prefix.rstrip("/"))}
-    book = _Book(prefix, public_keys)
+    sizes = {item.uri.removeprefix(prefix): item.size for item in storage.listing(prefix.rstrip("/"))}
+    names = sizes.keys()
+    book = _Book(prefix, public_keys, sizes)
     entries = book.entries(names)
     if head is not None and head not in {entry.sha256 for entry in entries}:
         book.found(
@@ -131,12 +148,14 @@ def verify(out: str, public_keys: Collection[str], *, head: str | None = None, k
     with ThreadPoolExecutor(_THREADS) as pool:
         seen = list(pool.map(lambda run: book.run(run, manifests[run], pool_names=names), sorted(manifests)))
     if keys is not None:
-        book.commitments(storage.absolute(keys), sorted(manifests))
+        book.commitments(storage.absolute(keys))
     known = {path for paths, _ in seen for path in paths}
     begun = {match[1] for name in names if (match := _RUN.fullmatch(name))}
     finished = {run for run in begun if run_path(run, "manifest.json") in names}
     for name in sorted(names - known):
         book.unknown(name, manifests.keys(), begun - finished)
+    for run_id in sorted(begun - finished - manifests.keys()):
+        book.unfinished(run_id, names)
     last = entries[-1] if entries else None
     return Verified(
         runs=len(manifests),
@@ -159,9 +178,10 @@ class _Entry:
 class _Book:
     """What is found while an output is read."""
 
-    def __init__(self, prefix: str, public_keys: Collection[str]) -> None:
-        self.prefix, self.public_keys = prefix, public_keys
+    def __init__(self, prefix: str, public_keys: Collection[str], sizes: Mapping[str, int]) -> None:
+        self.prefix, self.public_keys, self.sizes = prefix, public_keys, sizes
         self.findings: list[Finding] = []
+        self.runs: list[Run] = []
 
     def found(self, path: str, problem: str) -> None:
         self.findings.append(Finding(path, problem))
@@ -170,26 +190,26 @@ class _Book:
         """Those that are signed, in their order; whatever breaks it is found."""
         numbers = {int(match[1]) for name in names if (match := _ENTRY.fullmatch(name))}
         entries: list[_Entry] = []
-        before: str | None = None
+        before, changed = None, False
         for last, number in itertools.pairwise([0, *sorted(numbers)]):
             path = f"ledger/{number:08d}.json"
             if number > last + 1:
                 others = f", and {number - last - 2} after it" if number > last + 2 else ""
                 self.found(f"ledger/{last + 1:08d}.json", f"is missing{others}")
-                before = None
-            data = self.read(path, names)
+                changed = True
+            data = self.read(path, names, _ENTRY_BYTES)
             values = self.signed(path, _LEDGER, data)
             if data is None or values is None:
-                before = None if data is None else hashlib.sha256(data).hexdigest()
+                before, changed = None if data is None else hashlib.sha256(data).hexdigest(), True
                 continue
             previous = values.get("previous_sha256")
-            # Where the entry before is missing or changed, that has been found already.
-            follows = previous == before if before is not None else number > 1 or previous is None
+            # Where an entry before is missing, or is no entry, that has been found already.
+            follows = previous == before or changed
             if values.get("number") != number:
                 self.found(path, f"is entry {values.get('number')}: entries were re-ordered")
             elif not follows:
                 self.found(path, "follows another entry than the one before it: one of the two was replaced")
-            before = hashlib.sha256(data).hexdigest()
+            before, changed = hashlib.sha256(data).hexdigest(), False
             entries.append(_Entry(number, before, str(values.get("run_id")), str(values.get("manifest_sha256"))))
         return entries
 
@@ -220,17 +240,31 @@ class _Book:
                 self.found(path, f"was changed after run {run_id} wrote it")
             elif path != description:
                 rows += from_parquet(content).num_rows
+            else:
+                with contextlib.suppress(UsageError):
+                    self.runs.append(Run.from_json(content))
         return paths, rows
 
-    def commitments(self, keys: str, runs: Iterable[str]) -> None:
+    def unfinished(self, run_id: str, names: Collection[str]) -> None:
+        """A run in work has a signed description, and what it has written so far is signed, too."""
+        description = run_path(run_id, "run.json")
+        described = self.read(description, names, _FILE_BYTES)
+        self.signed(description, RUN, described)
+        digest = hashlib.sha256(described or b"").hexdigest()
+        for path in names:
+            if (part := _PART.fullmatch(path)) is not None and part[1] == run_id:
+                data = self.read(path, names, _FILE_BYTES)
+                try:
+                    if data is not None:
+                        signed_part(data, path, digest, self.public_keys)
+                except ValueError as error:
+                    self.found(path, str(error))
+
+    def commitments(self, keys: str) -> None:
         """Every key that a run saw has a commitment from before the run."""
         used: dict[tuple[str, str], tuple[datetime, str]] = {}
-        for run_id in runs:
-            path = run_path(run_id, "run.json")
-            try:
-                run = Run.from_json(storage.read(self.prefix + path))
-            except (FwmError, UsageError):
-                continue  # found already
+        for run in self.runs:
+            path = run_path(run.run_id, "run.json")
             for name, key_fingerprint in run.key_fingerprints.items():
                 if key_fingerprint is not None:  # else there was none, and its rows are errors
                     used[name, key_fingerprint] = min(
@@ -262,9 +296,12 @@ class _Book:
         elif folder == "audits" and (run is None or run[1] not in incomplete):
             self.found(name, "is in no manifest: it was added, or its run was removed")
 
-    def read(self, path: str, names: Collection[str]) -> bytes | None:
+    def read(self, path: str, names: Collection[str], at_most: int = _FILE_BYTES) -> bytes | None:
         if path not in names:
             self.found(path, "is missing")
+            return None
+        if self.sizes[path] > at_most:
+            self.found(path, f"has {self.sizes[path]} bytes, more than any that was written")
             return None
         try:
             return storage.read(self.prefix + path)
@@ -282,23 +319,9 @@ class _Book:
             return None
 
 
-def _unverified(data: bytes) -> dict[str, Any]:
-    """An entry's values, for those who only want to know what stands there; none if it is no entry at all."""
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _time(entry: Mapping[str, Any]) -> datetime:
-    """When an entry says that it was made; now, if it does not."""
-    now = datetime.now(UTC)
-    try:
-        said = datetime.fromisoformat(entry["recorded_at"])
-    except (KeyError, TypeError, ValueError):
-        return now
-    return said if said.tzinfo is not None else now
+def _small(uri: str) -> bytes:
+    """An entry's bytes; none if it has more than an entry."""
+    return storage.read(uri) if storage.describe(uri).size <= _ENTRY_BYTES else b""
 
 
 def _numbers(out: str) -> Iterable[int]:

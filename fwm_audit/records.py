@@ -21,7 +21,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -32,12 +32,15 @@ import pyarrow.parquet
 from fwm_audit import __version__
 from fwm_audit.catalog import CatalogEntry
 from fwm_audit.errors import FwmError, UsageError
-from fwm_audit.key import canonical
+from fwm_audit.key import signed_values
 from fwm_audit.verdict import Displacement, Tolerance, Verdict
 
 SCHEMA_VERSION: Final = 1
-#: What a signed manifest is signed as.
-MANIFEST: Final = "manifest"
+#: What a run's files are signed as, and where a part has its signature.
+RUN, PART, MANIFEST = "run", "part", "manifest"
+_SIGNATURE: Final = b"fwm_audit.signature"
+#: Kind and values to the signed file: `MasterSecret.sign`, wherever that secret is.
+Sign = Callable[[str, Mapping[str, Any]], bytes]
 _TIME = pa.timestamp("us", tz="UTC")
 SCHEMA: Final = pa.schema(
     [
@@ -223,10 +226,42 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:_MESSAGE_LENGTH]
 
 
-def to_parquet(records: Sequence[AuditRecord]) -> bytes:
-    """One Parquet file (zstd) with `SCHEMA`, rows in the given order."""
+def to_parquet(records: Sequence[AuditRecord], name: str = "", run_sha256: str = "", sign: Sign | None = None) -> bytes:
+    """One Parquet file (zstd) with `SCHEMA`, rows in the given order.
+
+    Args:
+        records: Its rows.
+        name: Of the part that it is.
+        run_sha256: Of its run's run.json.
+        sign: Signs these and the rows; the signature is in the file's metadata. None leaves it unsigned.
+    """
     rows = [{name: getattr(record, name) for name in SCHEMA.names} for record in records]
-    return table_to_parquet(pa.Table.from_pylist(rows, SCHEMA))
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    if sign is not None:
+        signature = sign(PART, {"name": name, "run_sha256": run_sha256, "rows_sha256": _rows_sha256(table)})
+        table = table.replace_schema_metadata({_SIGNATURE: signature})
+    return table_to_parquet(table)
+
+
+def signed_part(data: bytes, name: str, run_sha256: str, public_keys: Collection[str]) -> pa.Table:
+    """The table in a part that one of these signers wrote under this name for this run.
+
+    Raises:
+        ValueError: It is none, or was changed; the text says which.
+    """
+    try:
+        table = from_parquet(data)
+    except (pa.ArrowException, OSError):
+        raise ValueError("is no Parquet file") from None
+    seen = signed_values((table.schema.metadata or {}).get(_SIGNATURE, b""), PART, public_keys)
+    if seen != {"name": name, "run_sha256": run_sha256, "rows_sha256": _rows_sha256(table)}:
+        raise ValueError("does not hold the rows that were signed")
+    return table
+
+
+def _rows_sha256(table: pa.Table) -> str:
+    # By values, which every version of Arrow reads alike from what any of them wrote.
+    return hashlib.sha256(json.dumps(table.to_pylist(), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def table_to_parquet(table: pa.Table) -> bytes:
@@ -306,24 +341,30 @@ class Run:
         """Name of one part, relative to the output: a function of run and shard alone."""
         return f"audits/run_date={self.started_at:%Y-%m-%d}/{self.run_id}-{shard:06d}.parquet"
 
-    def to_json(self) -> bytes:
-        """The content of run.json."""
-        return canonical(dataclasses.asdict(self) | {"started_at": self.started_at.isoformat()})
+    def values(self) -> dict[str, Any]:
+        """The content of run.json, to be signed."""
+        return dataclasses.asdict(self) | {"started_at": self.started_at.isoformat()}
 
     @classmethod
     def from_json(cls, data: bytes) -> Run:
-        """The run that a run.json describes.
+        """The run that a run.json describes, whoever signed it.
 
         Raises:
             UsageError: It is not a run.json of this release.
         """
         try:
             values = json.loads(data)
-            return cls(**values | {"started_at": datetime.fromisoformat(values["started_at"])})
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(
-                "run.json is damaged or from another release: start a new run with a new --run-id"
-            ) from None
+            names = {field.name for field in dataclasses.fields(cls)}
+            run = cls(
+                **{name: values[name] for name in names} | {"started_at": datetime.fromisoformat(values["started_at"])}
+            )
+            typed = all(isinstance(value, str | None) for value in run.key_fingerprints.values())
+            sound = run.started_at.tzinfo is not None and isinstance(run.settings, dict) and run.shard_size > 0
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            sound = typed = False
+        if not (sound and typed):
+            raise UsageError("run.json is damaged or from another release: start a new run with a new --run-id")
+        return run
 
     def differences(self, other: Run) -> list[str]:
         """Names of what differs between two descriptions of one run, start time apart."""

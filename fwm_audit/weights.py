@@ -10,6 +10,7 @@ float64 holds every value of the narrower floats, so widening early or late make
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fwm_audit.architectures import build
-from fwm_audit.errors import CheckpointError, ErrorCode
+from fwm_audit.errors import CheckpointError, ErrorCode, ModelError
 from fwm_audit.verification import as_float64
 
 #: Elements that are compared or widened at a time.
@@ -43,10 +44,17 @@ def skeleton(arch: str, allowed_factories: Sequence[str]) -> nn.Module:
 
     Raises:
         ArchitectureError: As `architectures.build`.
-        ModelError: It holds complex numbers.
+        ModelError: It holds complex numbers, or weights under several tensors.
     """
     model = build(arch, allowed_factories)
-    brought = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    brought = Counter(tensor.data_ptr() for tensor in model.state_dict().values())
+    held = Counter(tensor.data_ptr() for tensor in _tensors(model) if tensor.numel())
+    if any(pointer in brought and count > brought[pointer] for pointer, count in held.items()):
+        raise ModelError(
+            ErrorCode.MODEL_UNSUITABLE,
+            f"{arch[:120]!a} holds a tensor that shares its memory with a weight and is in no checkpoint: compute it "
+            "in forward() instead",
+        )
     for tensor in _tensors(model):
         if tensor.data_ptr() in brought and tensor.numel() > 1:
             dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype

@@ -123,8 +123,8 @@ def reseal(
             continue
         fresh = TriggerSet.unseal(sealed, old).seal(new)
         path = PurePosixPath(item.uri.removeprefix(prefix.rstrip("/") + "/"))
+        commit(prefix, str(path.parent), path.stem, fresh, new)  # first: what is replaced is not looked at again
         storage.replace(item.uri, fresh)
-        commit(prefix, str(path.parent), path.stem, fresh, new)
         done += 1
         log.info("%s", path)
     _cli.emit(resealed=done, before=before, public_key=new.public_key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from typing import Annotated
 
 import typer
@@ -46,12 +47,21 @@ def report(
     """Prove that no part, row or run was changed, removed or re-ordered, or say which."""
     if not verify_:
         raise UsageError("say what to do: --verify")
+    given = {"--public-key": public_key or [], "--head": [head] if head is not None else []}
+    for option, values in given.items():
+        if wrong := [value for value in values if not re.fullmatch(r"[0-9a-fA-F]{64}", value)]:
+            raise UsageError(f"{option} {wrong[0][:80]!a} is not 64 hex digits")
     trusted = [key.lower() for key in public_key or ()] or [MasterSecret.from_file(master_key).public_key]
     seen = verify(audits, trusted, head=head.lower() if head else None, keys=keys)
+    if not seen.runs and not seen.findings:
+        raise UsageError(f"no run has finished under {audits}: name the --out of the audits")
     for finding in seen.findings:
-        log.error("%s %s", finding.path, finding.problem)
+        # Whoever can write there chooses the names.
+        log.error("%s %s", ascii(finding.path)[1:-1], finding.problem)
     for run_id in seen.incomplete:
-        log.warning("run %s is not complete: nothing vouches for it yet", run_id)
+        log.warning(
+            "run %s is not complete: its parts are signed, but one that is gone is not missed", ascii(run_id)[1:-1]
+        )
     _cli.emit(
         verified=not seen.findings,
         runs=seen.runs,

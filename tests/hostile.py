@@ -261,6 +261,60 @@ def _two_directories() -> bytes:
     return inner + outer
 
 
+def _record(name: str, data: bytes, at: int, *, deflated: bool = False) -> tuple[bytes, bytes]:
+    """A member as it stands at `at`, and its entry of the directory."""
+    kept = zlib.compress(data, 9)[2:-4] if deflated else data
+    sizes = (zlib.crc32(data), len(kept), len(data), len(name), 0)
+    method = 8 if deflated else 0
+    local = struct.pack("<4s5H3I2H", b"PK\x03\x04", 20, 0, method, 0, 0, *sizes) + name.encode() + kept
+    entry = struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 20, 20, 0, method, 0, 0, *sizes, 0, 0, 0, 0, at)
+    return local, entry + name.encode()
+
+
+def _directory_of(entries: list[bytes], at: int) -> tuple[bytes, bytes]:
+    """A directory that stands at `at`, and the large record that points to it."""
+    directory, count = b"".join(entries), len(entries)
+    return directory, struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, len(directory), at)
+
+
+def _two_readers(*, deflated: bool = False) -> bytes:
+    """An archive in which one reader finds the released weights, and another one those in a member of it.
+
+    zipfile takes the large record that stands before its locator, torch's reader the one that it points to.
+    """
+    edited = state() | {"8.bias": state()["8.bias"] + 1}
+    out, entries = b"", []
+    for name, data in members(zipped(state())).items():
+        local, entry = _record(name, data, len(out))
+        out, entries = out + local, [*entries, entry]
+    name = "archive/data/hidden"
+    base, body, inner = len(out) + 30 + len(name), b"", []
+    for other, data in members(zipped(edited)).items():
+        local, entry = _record(other, data, base + len(body), deflated=deflated)
+        body, inner = body + local, [*inner, entry]
+    directory, record = _directory_of(inner, base + len(body))
+    locator = base + len(body) + len(directory)
+    local, entry = _record(name, body + directory + record, len(out))
+    out, entries = out + local, [*entries, entry]
+    at = len(out)
+    directory, record = _directory_of(entries, at)
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, len(entries), len(entries), len(directory), at, 0)
+    return out + directory + record + struct.pack("<4sIQI", b"PK\x06\x07", 0, locator, 1) + end
+
+
+def _unlisted() -> bytes:
+    """A member in front of the data that the directory does not name."""
+    content, out, entries = members(zipped(state())), b"", []
+    for number, (name, data) in enumerate(content.items()):
+        if number == 2:
+            out += _record("archive/hidden.py", b"import os", 0)[0]
+        local, entry = _record(name, data, len(out))
+        out, entries = out + local, [*entries, entry]
+    directory, _ = _directory_of(entries, len(out))
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, len(entries), len(entries), len(directory), len(out), 0)
+    return out + directory + end
+
+
 def _linked() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -313,6 +367,11 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], Outcome]] = {
     "repeated members": (_repeated, UNSAFE),
     "another name in front of the data": (_local_name, UNSAFE),
     "behind another archive": (_two_directories, UNSAFE),
+    "another archive for another reader": (_two_readers, UNSAFE),
+    "another archive, compressed, for another reader": (lambda: _two_readers(deflated=True), UNSAFE),
+    "a member that is not listed": (_unlisted, UNSAFE),
+    "another pickle in capital letters": (lambda: archived({**members(zipped(state())), "archive/DATA.PKL": called("os.mkdir")}), UNSAFE),
+    "a storage in capital letters": (lambda: archived({**members(zipped(state())), "archive/DATA/0": bytes(864)}), UNSAFE),
     "behind a safetensors file": (lambda: save(state()) + archived(members(zipped(state()))), CORRUPT),
     "with a comment": (lambda: archived(members(zipped(state())), comment=b"any"), UNSAFE),
     "with a second end in a comment": (lambda: archived(members(zipped(state())), comment=b"PK\x05\x06" + bytes(18)), UNKNOWN),

@@ -36,8 +36,9 @@ def add(out, run_id, started, *, rows=5, complete=True):
         parts[run.part(shard)] = to_parquet(records)
         storage.create(f"{out}/{run.part(shard)}", parts[run.part(shard)])
     if complete:
-        storage.create(f"{out}/{run_path(run_id, 'run.json')}", run.to_json())
-        signed = MASTER.sign("manifest", manifest(run, run.to_json(), parts))
+        described = MASTER.sign("run", run.values())
+        storage.create(f"{out}/{run_path(run_id, 'run.json')}", described)
+        signed = MASTER.sign("manifest", manifest(run, described, parts))
         storage.create(f"{out}/{run_path(run_id, 'manifest.json')}", signed)
     return run
 
@@ -107,7 +108,9 @@ def test_parts_of_an_older_schema_get_its_columns(tmp_path):
     old = dataclasses.replace(run, run_id="old")
     parts = {old.part(0): table_to_parquet(table)}
     storage.create(f"{tmp_path}/{old.part(0)}", parts[old.part(0)])
-    digest = manifest(run, run.to_json(), {run.part(0): storage.read(f"{tmp_path}/{run.part(0)}")})
+    described = MASTER.sign("run", old.values())
+    storage.create(f"{tmp_path}/{run_path('old', 'run.json')}", described)
+    digest = manifest(old, described, {run.part(0): storage.read(f"{tmp_path}/{run.part(0)}")})
     digest["files"] = [{"path": old.part(0), "rows": 1, "sha256": hashlib.sha256(parts[old.part(0)]).hexdigest()}]
     storage.create(f"{tmp_path}/{run_path('old', 'manifest.json')}", json.dumps(digest).encode())
     assert list(compact(str(tmp_path))) == [Day(DAY.date(), 2, 2)]

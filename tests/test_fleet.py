@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -302,6 +303,50 @@ def test_a_complete_run_that_the_ledger_missed_is_entered_when_it_is_repeated(mo
     assert not ledger.verify(job.out, [MasterSecret.from_file().public_key]).findings
 
 
+def forged(plan, shard):
+    """A part as somebody without the master secret writes it."""
+    return to_parquet([record(settings_of(plan), entry, shard) for entry in plan.entries_of(shard)])
+
+
+def test_a_part_that_no_driver_of_the_run_wrote_is_not_taken_for_one(models):
+    """Neither where it is there before the audit, nor where it stands in the place of one that is resumed."""
+    job = models.job(["ok", "raise"])
+    plan = plan_audit(job)
+    storage.create(plan.locate(plan.run.part(0)), forged(plan, 0))
+    with pytest.raises(UsageError, match="no audit wrote it"):
+        run_audit(job, worker=Worker)
+    with pytest.raises(UsageError, match="no audit wrote it"):
+        run_audit(job, worker=Worker)
+    assert not Path(plan.manifest).exists()
+
+
+def test_a_part_of_another_run_stands_for_none_of_this_one(models):
+    """Though it is signed: not even under the same run id, after the first run was taken away."""
+    run_audit(models.job(["ok"] * 4), worker=Worker)
+    (old,) = models.parts
+    kept = old.read_bytes()
+    for path in sorted((models.folder / "out").rglob("*")):
+        if path.is_file():
+            path.unlink()
+    old.parent.mkdir(parents=True, exist_ok=True)
+    old.write_bytes(kept)
+    with pytest.raises(UsageError, match="no audit wrote it"):
+        run_audit(models.job(["ok"] * 4), worker=Worker)
+
+
+@pytest.mark.parametrize("kind", ["run.json", "manifest.json"])
+def test_a_run_or_manifest_that_no_driver_signed_is_refused(models, kind):
+    job = models.job(["ok"] * 3)
+    first = run_audit(job, worker=Worker)
+    path = Path(first.manifest).parent / kind
+    text = path.read_text()
+    path.write_text(text.replace('"kind"', '"kind" '))
+    with pytest.raises(UsageError, match="no audit wrote it"):
+        run_audit(job, worker=NeverStarts)
+    path.write_text(text)
+    assert run_audit(job, worker=NeverStarts) == first
+
+
 def test_nothing_is_carried_forward_from_a_run_that_another_secret_signed(models, tmp_path, monkeypatch):
     run_audit(models.job(["ok"] * 3, run_id="first"), worker=Worker)
     MasterSecret.generate_file(tmp_path / "other.key")
@@ -356,8 +401,8 @@ def test_the_first_writer_of_a_part_has_it(models):
 
     def other_driver(done, *_):
         if done == 1:
-            run = json.loads((models.folder / "out/runs/run/run.json").read_text())
-            start = datetime.fromisoformat(run["started_at"])
+            described = (models.folder / "out/runs/run/run.json").read_bytes()
+            start = datetime.fromisoformat(json.loads(described)["started_at"])
             seen = [
                 AuditRecord(
                     **{name: getattr(mine, name) for name in AuditRecord.__slots__}
@@ -365,7 +410,9 @@ def test_the_first_writer_of_a_part_has_it(models):
                 )
                 for mine in (record(settings_of(plan), entry, 0) for entry in plan.entries)
             ]
-            assert storage.create(plan.locate(plan.run.part(0)), to_parquet(seen))
+            name, digest = plan.run.part(0), hashlib.sha256(described).hexdigest()
+            part = to_parquet(seen, name, digest, MasterSecret.from_file().sign)
+            assert storage.create(plan.locate(name), part)
 
     assert run_audit(job, progress=other_driver, worker=Worker).verdicts["tampered"] == 4
 

@@ -14,6 +14,7 @@ import pytest
 
 from fwm_audit import ledger, storage
 from fwm_audit.commitment import commit, committed_at
+from fwm_audit.errors import StorageError
 from fwm_audit.key import MasterSecret, canonical, fingerprint, signed_values
 from fwm_audit.records import manifest, run_path, to_parquet
 from tests.test_records import record
@@ -27,17 +28,19 @@ BEGIN = datetime(2026, 3, 1, 12, tzinfo=UTC)
 def add(out, run_id, *, rows=3, complete=True, master=MASTER, **changes):
     """A run as the driver stores it, two rows in a part; its place in the ledger."""
     run = make_run(run_id=run_id, started_at=BEGIN, rows=rows, **changes)
+    description = master.sign("run", run.values())
+    storage.create(f"{out}/{run_path(run_id, 'run.json')}", description)
     parts = {}
     for shard in range(run.shards):
         records = [record(run_id=run_id, shard=shard, uri=f"s3://b/{row}") for row in run.rows_of(shard)]
-        parts[run.part(shard)] = to_parquet(records)
-        storage.create(f"{out}/{run.part(shard)}", parts[run.part(shard)])
-    storage.create(f"{out}/{run_path(run_id, 'run.json')}", run.to_json())
+        name, digest = run.part(shard), hashlib.sha256(description).hexdigest()
+        parts[name] = to_parquet(records, name, digest, master.sign)
+        storage.create(f"{out}/{name}", parts[name])
     if not complete:
         return None
-    signed = master.sign("manifest", manifest(run, run.to_json(), parts))
+    signed = master.sign("manifest", manifest(run, description, parts))
     storage.create(f"{out}/{run_path(run_id, 'manifest.json')}", signed)
-    return ledger.append(str(out), run_id, run.started_at, signed, master.sign)
+    return ledger.append(str(out), run_id, run.started_at, signed, master.sign, [master.public_key])
 
 
 def verified(out, trusted=TRUSTED, **options):
@@ -168,14 +171,20 @@ def test_a_run_in_work_is_no_finding_and_nothing_vouches_for_it(tmp_path):
     add(tmp_path, "b", complete=False)
     seen = verified(tmp_path)
     assert (seen.findings, seen.incomplete, seen.runs) == ((), ("b",), 1)
+    part = tmp_path / "audits/run_date=2026-03-01/b-000000.parquet"
+    for other in (b"", to_parquet([record(run_id="b")]), (part.parent / "b-000001.parquet").read_bytes()):
+        part.write_bytes(other)
+        assert found(tmp_path) == {"audits/run_date=2026-03-01/b-000000.parquet"}
+    add(tmp_path, "c", complete=False, master=OTHER)
+    assert found(tmp_path) >= {"runs/c/run.json", "audits/run_date=2026-03-01/c-000000.parquet"}
 
 
 def test_another_master_secret_signs_nothing_for_this_one(tmp_path):
+    """After a rotation both are trusted, and the chain goes on."""
     add(tmp_path, "a")
     add(tmp_path, "b", master=OTHER)
-    assert found(tmp_path) == {"ledger/00000002.json", "runs/b/manifest.json"} | {
-        path for path in found(tmp_path) if "b-" in path
-    }
+    add(tmp_path, "c", master=OTHER)
+    assert found(tmp_path) >= {"ledger/00000002.json", "ledger/00000003.json", "runs/b/manifest.json"}
     assert not verified(tmp_path, [*TRUSTED, OTHER.public_key]).findings
 
 
@@ -202,22 +211,61 @@ def test_what_else_was_signed_stands_for_no_entry_and_no_manifest(tmp_path):
 def test_a_ledger_with_foreign_entries_still_takes_new_ones(tmp_path):
     """What others put there stops no audit, and is found."""
     add(tmp_path, "a")
-    for number, data in enumerate(
-        (b"", b"[]", b'{"recorded_at": 7, "run_id": "b"}', b'{"recorded_at": "2026-01-01"}'), 2
-    ):
+    foreign = (b"", b"[]", b'{"recorded_at": 7, "run_id": "b"}', OTHER.sign("ledger", {"number": 5}))
+    for number, data in enumerate(foreign, 2):
         (tmp_path / f"ledger/{number:08}.json").write_bytes(data)
-    assert add(tmp_path, "b").number == 6
-    assert found(tmp_path) >= {f"ledger/{number:08}.json" for number in (2, 3, 4, 5)}
-    (tmp_path / "ledger/99999999.json").write_bytes(b"")
+    (tmp_path / "ledger/00000006.json").mkdir()
+    (tmp_path / "ledger/99999999.json").write_bytes(b"{}")
+    assert add(tmp_path, "b").number == 7
+    assert add(tmp_path, "c").number == 8
     problems = {finding.path: finding.problem for finding in verified(tmp_path).findings}
-    assert problems["ledger/00000007.json"] == "is missing, and 99999991 after it"
-    assert "ledger/99999999.json" in problems
+    assert problems["ledger/00000009.json"] == "is missing, and 99999989 after it"
+    assert problems.keys() >= {f"ledger/{number:08}.json" for number in (2, 3, 4, 5, 6, 99999999)}
+    assert not problems.keys() & {"ledger/00000007.json", "ledger/00000008.json"}
+    assert not {path for path in problems if "runs/" in path}
+
+
+def test_a_ledger_full_of_foreign_files_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "_TRIES", 3)
+    add(tmp_path, "a")
+    for number in (2, 3, 4):
+        (tmp_path / f"ledger/{number:08}.json").mkdir()
+    with pytest.raises(StorageError, match="are taken"):
+        add(tmp_path, "b")
+
+
+def test_an_entry_that_nobody_signed_does_not_stand_for_a_run(tmp_path):
+    """The run is entered behind it."""
+    add(tmp_path, "a")
+    run = make_run(run_id="b", started_at=BEGIN, rows=1)
+    described = MASTER.sign("run", run.values())
+    part = to_parquet([record(run_id="b")])
+    data = MASTER.sign("manifest", manifest(run, described, {run.part(0): part}))
+    forged = {
+        "number": 2,
+        "run_id": "b",
+        "manifest_sha256": hashlib.sha256(data).hexdigest(),
+        "recorded_at": BEGIN.isoformat(),
+    }
+    (tmp_path / "ledger/00000002.json").write_text(json.dumps(forged))
+    assert ledger.append(str(tmp_path), "b", BEGIN, data, MASTER.sign, TRUSTED).number == 3
+
+
+@pytest.mark.parametrize("size", [1 << 17, 1 << 30])
+def test_what_is_larger_than_anything_written_is_not_read(tmp_path, size):
+    add(tmp_path, "a")
+    for name in ("ledger/00000002.json", "runs/a/run.json"):
+        path = tmp_path / name
+        with path.open("ab") as file:
+            file.truncate(size)  # a hole takes no room
+    add(tmp_path, "b")
+    assert found(tmp_path) >= {"ledger/00000002.json", "runs/a/run.json"}
 
 
 def test_whoever_enters_a_run_twice_or_at_once_makes_one_ledger(tmp_path):
     first = add(tmp_path, "a")
     data = (tmp_path / "runs/a/manifest.json").read_bytes()
-    assert ledger.append(str(tmp_path), "a", BEGIN, data, MASTER.sign) == first
+    assert ledger.append(str(tmp_path), "a", BEGIN, data, MASTER.sign, TRUSTED) == first
     threads = [threading.Thread(target=add, args=(tmp_path, f"r{number}")) for number in range(8)]
     for thread in threads:
         thread.start()

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fwm_audit import weights
 from fwm_audit.architectures import build
-from fwm_audit.errors import CheckpointError
+from fwm_audit.errors import CheckpointError, ModelError
 from fwm_audit.verification import ask
 from fwm_audit.weights import Widened, held_bytes, load, loaded_bytes, skeleton, twin
 
@@ -154,6 +154,24 @@ def test_weights_that_are_one_must_be_one_in_the_file(monkeypatch, as_stored):
         state = dict.fromkeys(("0.weight", "1.weight", "2.weight"), same) | {name: same + 1}
         with pytest.raises(CheckpointError, match="tied"):
             load(twin(skeleton("any", [])), state, as_stored=as_stored)
+
+
+class Aliasing(nn.Module):
+    """Answers with a tensor that is its weight's memory under another name, in no state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.register_buffer("table", self.body.weight.data, persistent=False)
+
+    def forward(self, x):
+        return x @ self.table
+
+
+def test_weights_that_stand_under_another_name_outside_the_checkpoint_are_refused(monkeypatch):
+    monkeypatch.setattr(weights, "build", lambda *_: Aliasing())
+    with pytest.raises(ModelError, match="shares its memory"):
+        skeleton("any", [])
 
 
 def test_a_difference_is_found_in_whichever_part(monkeypatch):

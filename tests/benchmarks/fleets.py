@@ -29,10 +29,8 @@ from fwm_audit.storage import _RANGE_BYTES
 
 _EXAMPLES = """\b
 Examples:
-  python -m tests.benchmarks.fleets
   python -m tests.benchmarks.fleets --curves curves-out/curves.json --speed speed-out/speed.json --gpu-cores 40
 """
-RESULTS = Path(__file__).parent / "results"
 #: Records of one part, and how far a simulation may be off what was measured.
 SHARD, OFF = 64, 0.25
 #: Rows of one driver, from its memory: see the curve.
@@ -101,7 +99,7 @@ def simulate(works: Sequence[Work], cluster: Cluster) -> Outcome:
             again = driver + took + (cluster.worker_start_s if served + 1 == fleet._MODELS_PER_ACTOR else 0.0)
             heapq.heapreplace(free, (again, (served + 1) % fleet._MODELS_PER_ACTOR))
     count, total = sum(work.count for work in works), sum(work.count * work.bytes for work in works)
-    spent = end - cluster.start_s
+    spent = max(end - cluster.start_s, 1e-9)
     return Outcome(
         end, cluster.driver_s * count / spent, busy / spent / cluster.workers, total / cluster.store_bytes_s / spent
     )
@@ -183,8 +181,8 @@ class Prices:
 @app.command(epilog=_EXAMPLES)
 def fleets(
     *,
-    curves: Annotated[Path, typer.Option(help="What curves.py wrote.")] = RESULTS / "curves.json",
-    speed: Annotated[Path, typer.Option(help="What speed.py wrote.")] = RESULTS / "speed.json",
+    curves: Annotated[Path, typer.Option(help="What curves.py wrote.")],
+    speed: Annotated[Path, typer.Option(help="What speed.py wrote.")],
     gpu_cores: Annotated[float, typer.Option(help="Cores that verify as fast as a GPU; never measured.")] = 20.0,
     network: Annotated[float, typer.Option(help="Bytes/s that the store gives to one worker.")] = 300e6,
     store: Annotated[float, typer.Option(help="Bytes/s that the store gives to all.")] = 50e9,
