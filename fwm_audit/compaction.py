@@ -41,12 +41,13 @@ class Day:
     incomplete: str | None = None
 
 
-def compact(out: str, until: date | None = None) -> Iterator[Day]:
+def compact(out: str, until: date | None = None, public_key: str | None = None) -> Iterator[Day]:
     """Write the file of each day that has none yet, the oldest first.
 
     Args:
         out: URI prefix that holds runs/ and audits/.
         until: The last day; None is yesterday. Today's runs are still to come.
+        public_key: As for `read_run`.
 
     Raises:
         StorageError: The store cannot be read or written.
@@ -62,17 +63,17 @@ def compact(out: str, until: date | None = None) -> Iterator[Day]:
             runs.setdefault(date.fromisoformat(name[1]), set()).add(name[2])
     for day in sorted(runs):
         if day < today and (until is None or day <= until):
-            yield _compact_day(out, day, sorted(runs[day]))
+            yield _compact_day(out, day, sorted(runs[day]), public_key)
 
 
-def _compact_day(out: str, day: date, runs: list[str]) -> Day:
+def _compact_day(out: str, day: date, runs: list[str], public_key: str | None) -> Day:
     uri = storage.join(out, "compacted", f"run_date={day}", "audits.parquet")
     if storage.exists(uri):
         return Day(day)
     for run_id in runs:
         if not storage.exists(storage.join(out, run_path(run_id, "manifest.json"))):
             return Day(day, incomplete=run_id)
-    tables = [table for run_id in runs for table in read_run(out, run_id)]
+    tables = [table for run_id in runs for table in read_run(out, run_id, public_key)]
     table = pa.concat_tables(tables, promote_options="default")
     storage.create(uri, table_to_parquet(table))
     return Day(day, table.num_rows, len(tables))
@@ -97,7 +98,10 @@ def read_run(out: str, run_id: str, public_key: str | None = None) -> list[pa.Ta
         if (manifest["run_id"], manifest["run_sha256"]) != (run_id, described):
             raise ValueError("is another run's")
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"the manifest of run {run_id} {error}: audit without --incremental once") from None
+        raise UsageError(
+            f"the manifest of run {run_id} {error}: find out who wrote it (python -m jobs.report --verify); to audit "
+            "meanwhile, leave --incremental away"
+        ) from None
 
     def checked(file: dict[str, str]) -> pa.Table:
         data = storage.read(storage.join(out, file["path"]))

@@ -85,6 +85,14 @@ def test_a_part_that_was_changed_is_told(tmp_path):
     assert not storage.exists(day_file(tmp_path))
 
 
+def test_a_run_that_another_secret_signed_is_told(tmp_path):
+    add(tmp_path, "a", DAY)
+    assert [day.rows for day in compact(str(tmp_path), None, MASTER.public_key)] == [5]
+    add(tmp_path, "b", DAY + timedelta(days=1))
+    with pytest.raises(UsageError, match="not trusted"):
+        list(compact(str(tmp_path), None, MasterSecret(bytes(32)).public_key))
+
+
 def test_today_is_not_over(tmp_path):
     add(tmp_path, "a", datetime.now(UTC))
     assert list(compact(str(tmp_path))) == []

@@ -352,7 +352,7 @@ def test_nothing_is_carried_forward_from_a_run_that_another_secret_signed(models
     MasterSecret.generate_file(tmp_path / "other.key")
     job = dataclasses.replace(models.job(["ok"] * 3, run_id="second"), carry_days=7.0)
     monkeypatch.setenv("FWM_MASTER_KEY_FILE", str(tmp_path / "other.key"))
-    with pytest.raises(UsageError, match="without --incremental"):
+    with pytest.raises(UsageError, match="leave --incremental away"):
         run_audit(job, worker=Worker)
 
 
