@@ -17,25 +17,29 @@ The data flow, and the modules in the order in which it passes them:
         peers          the processes that share the work of one embedding
         train          all of this as a Ray Train run
         releases       many models -> as many runs, several at a time
+        commitment     which key was published when, signed
 
     audit        a catalog of checkpoints -> one record for each row
         catalog        rows -> entries
         storage        URIs -> bytes, create-only writes, one version or an error
         architectures  names -> modules, from allowed sources only
+        confinement    what the system lets a worker hold and compute
         checkpoint     an untrusted file -> tensors
+        weights        an architecture and tensors -> a float64 module, nothing held twice
         arithmetic     float64 where PyTorch is less exact, or far slower, than the processor
         verification   a model and a trigger set -> counted labels
         verdict        counted labels -> intact or tampered
         check          one entry -> one record
         records        the Parquet schema and a run's files
         fleet          many entries -> exactly as many records, through Ray actors
+        ledger         runs in their order, signed, and verified
         compaction     many small parts -> one file for each day
 
     errors       every finding, with its stable code
 
-A module imports only from its own row or one above: pure (errors, key, catalog, verdict, records, task),
-torch (triggers to verification, architectures), io (storage, checkpoint, compaction), check, Ray (fleet, releases,
-train).
+A module imports only from its own row or one above: pure (errors, key, catalog, verdict, records, task,
+confinement), torch (triggers to verification, architectures, weights), io (storage, checkpoint, compaction, ledger,
+commitment), check, Ray (fleet, releases, train).
 """
 
 from __future__ import annotations
