@@ -104,6 +104,8 @@ def edited_header(change: Callable[[dict], object]) -> bytes:
 
 # --------------------------------------------------------------------------------------------------- payloads
 
+#: Stands for builtins.print, which Ray replaces where it runs.
+PRINT = object()
 #: What `picklescan` and `fickling` list as dangerous, with arguments that leave a trace where that is possible.
 CALLABLES = {
     "os.system": ("os", "system", f"mkdir {CANARY}"),
@@ -143,7 +145,7 @@ CALLABLES = {
     "pickle.loads": ("pickle", "loads", pickle.dumps(1)),
     "marshal.loads": ("marshal", "loads", b"N"),
     "types.FunctionType": ("types", "FunctionType", "x", {}),
-    "functools.partial": ("functools", "partial", print),
+    "functools.partial": ("functools", "partial", PRINT),
     "operator.attrgetter": ("operator", "attrgetter", "system"),
     "operator.methodcaller": ("operator", "methodcaller", "system", "true"),
     "numpy runstring": ("numpy.testing._private.utils", "runstring", f"import os; os.mkdir('{CANARY}')", {}),
@@ -175,7 +177,7 @@ def called(name: str) -> bytes:
 
 def _operand(value: object) -> bytes:
     # The body of an ordinary pickle, without its frame and its end.
-    if value is print:
+    if value is PRINT:
         return b"cbuiltins\nprint\n"
     return pickle.dumps(value, protocol=2)[2:-1]
 
