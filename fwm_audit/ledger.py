@@ -137,7 +137,7 @@ def verify(out: str, public_keys: Collection[str], *, head: str | None = None, k
     sizes = {item.uri.removeprefix(prefix): item.size for item in storage.listing(prefix.rstrip("/"))}
     names = sizes.keys()
     book = _Book(prefix, public_keys, sizes)
-    entries = book.entries(names)
+    entries = book.entries()
     if head is not None and head not in {entry.sha256 for entry in entries}:
         book.found(
             "ledger", f"no entry has the SHA-256 {head}: entries are missing from its end, or all were rewritten"
@@ -146,7 +146,7 @@ def verify(out: str, public_keys: Collection[str], *, head: str | None = None, k
     for entry in entries:
         manifests[entry.run_id].add(entry.manifest_sha256)
     with ThreadPoolExecutor(_THREADS) as pool:
-        seen = list(pool.map(lambda run: book.run(run, manifests[run], pool_names=names), sorted(manifests)))
+        seen = list(pool.map(lambda run: book.run(run, manifests[run]), sorted(manifests)))
     if keys is not None:
         book.commitments(storage.absolute(keys))
     known = {path for paths, _ in seen for path in paths}
@@ -155,7 +155,7 @@ def verify(out: str, public_keys: Collection[str], *, head: str | None = None, k
     for name in sorted(names - known):
         book.unknown(name, manifests.keys(), begun - finished)
     for run_id in sorted(begun - finished - manifests.keys()):
-        book.unfinished(run_id, names)
+        book.unfinished(run_id)
     last = entries[-1] if entries else None
     return Verified(
         runs=len(manifests),
@@ -186,9 +186,9 @@ class _Book:
     def found(self, path: str, problem: str) -> None:
         self.findings.append(Finding(path, problem))
 
-    def entries(self, names: Collection[str]) -> list[_Entry]:
+    def entries(self) -> list[_Entry]:
         """Those that are signed, in their order; whatever breaks it is found."""
-        numbers = {int(match[1]) for name in names if (match := _ENTRY.fullmatch(name))}
+        numbers = {int(match[1]) for name in self.sizes if (match := _ENTRY.fullmatch(name))}
         entries: list[_Entry] = []
         before, changed = None, False
         for last, number in itertools.pairwise([0, *sorted(numbers)]):
@@ -197,7 +197,7 @@ class _Book:
                 others = f", and {number - last - 2} after it" if number > last + 2 else ""
                 self.found(f"ledger/{last + 1:08d}.json", f"is missing{others}")
                 changed = True
-            data = self.read(path, names, _ENTRY_BYTES)
+            data = self.read(path, _ENTRY_BYTES)
             values = self.signed(path, _LEDGER, data)
             if data is None or values is None:
                 before, changed = None if data is None else hashlib.sha256(data).hexdigest(), True
@@ -213,11 +213,11 @@ class _Book:
             entries.append(_Entry(number, before, str(values.get("run_id")), str(values.get("manifest_sha256"))))
         return entries
 
-    def run(self, run_id: str, digests: set[str], *, pool_names: Collection[str]) -> tuple[set[str], int]:
+    def run(self, run_id: str, digests: set[str]) -> tuple[set[str], int]:
         """Paths that belong to a run, present or not, and the rows of its parts."""
         manifest, description = run_path(run_id, "manifest.json"), run_path(run_id, "run.json")
         paths = {manifest, description}
-        data = self.read(manifest, pool_names)
+        data = self.read(manifest)
         if data is None:
             return paths, 0
         if digests != {hashlib.sha256(data).hexdigest()}:
@@ -233,7 +233,7 @@ class _Book:
             return paths, 0
         for path, digest in files:
             paths.add(path)
-            content = self.read(path, pool_names)
+            content = self.read(path)
             if content is None:
                 continue
             if hashlib.sha256(content).hexdigest() != digest:
@@ -245,15 +245,15 @@ class _Book:
                     self.runs.append(Run.from_json(content))
         return paths, rows
 
-    def unfinished(self, run_id: str, names: Collection[str]) -> None:
+    def unfinished(self, run_id: str) -> None:
         """A run in work has a signed description, and what it has written so far is signed, too."""
         description = run_path(run_id, "run.json")
-        described = self.read(description, names, _FILE_BYTES)
+        described = self.read(description)
         self.signed(description, RUN, described)
         digest = hashlib.sha256(described or b"").hexdigest()
-        for path in names:
+        for path in self.sizes:
             if (part := _PART.fullmatch(path)) is not None and part[1] == run_id:
-                data = self.read(path, names, _FILE_BYTES)
+                data = self.read(path)
                 try:
                     if data is not None:
                         signed_part(data, path, digest, self.public_keys)
@@ -296,8 +296,8 @@ class _Book:
         elif folder == "audits" and (run is None or run[1] not in incomplete):
             self.found(name, "is in no manifest: it was added, or its run was removed")
 
-    def read(self, path: str, names: Collection[str], at_most: int = _FILE_BYTES) -> bytes | None:
-        if path not in names:
+    def read(self, path: str, at_most: int = _FILE_BYTES) -> bytes | None:
+        if path not in self.sizes:
             self.found(path, "is missing")
             return None
         if self.sizes[path] > at_most:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -273,6 +274,29 @@ def test_a_missing_part_is_audited_again_and_nothing_else(models):
     entered = Path(first.manifest).parents[2] / "ledger/00000002.json"  # this manifest is another one
     assert after.keys() - before.keys() == {gone, Path(first.manifest), entered}
     assert sorted(row for _, row, _ in models.calls[10:]) == ["4", "5", "6", "7"]
+
+
+class Limited(AuditWorker):
+    """Tells to what the system holds it once it has audited something."""
+
+    def limits(self, entry):
+        self.start()
+        record = self.audit(entry, shard=0, attempt=1)
+        kinds = (resource.RLIMIT_DATA, resource.RLIMIT_CPU, resource.RLIMIT_CORE)
+        return record.error_code, [resource.getrlimit(kind)[0] for kind in kinds]
+
+
+def test_a_worker_is_held_to_its_limits(models):
+    settings = dataclasses.replace(settings_of(plan_audit(models.job(["ok"]))), device="cpu", timeout_s=100.0)
+    entry = CatalogEntry(0, "m", "/nowhere", "timm:any", KEY_ID)
+    for given, least in ((1 << 30, 1 << 30), (None, 1 << 30)):
+        actor = fleet._spawner(Limited, dataclasses.replace(settings, memory_bytes=given), 0.0)()
+        code, (data, seconds, core) = ray.get(actor.limits.remote(entry))
+        ray.kill(actor)
+        assert code == ErrorCode.KEY_MISSING
+        assert least < data < 64 << 30  # beside what it held at its start
+        assert 100 < seconds < 300
+        assert core == 0
 
 
 def test_a_worker_that_met_an_attack_is_replaced(models):

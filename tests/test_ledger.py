@@ -128,6 +128,18 @@ def test_parts_runs_and_entries_cannot_change_places(tmp_path):
     assert not found(tmp_path)
 
 
+def test_an_entry_of_another_ledger_does_not_stand_in_this_one(tmp_path):
+    """Though it is signed, and has the same number."""
+    for out in ("one", "other"):
+        for name in ("a", "b", "c"):
+            add(tmp_path / out, f"{out}-{name}")
+    entry = "ledger/00000002.json"
+    (tmp_path / "one" / entry).write_bytes((tmp_path / "other" / entry).read_bytes())
+    problems = {finding.path: finding.problem for finding in verified(tmp_path / "one").findings}
+    assert "follows another entry" in problems[entry]
+    assert "follows another entry" in problems["ledger/00000003.json"]
+
+
 def test_a_run_that_is_gone_altogether_is_missed(tmp_path):
     heads = [add(tmp_path, name) for name in ("a", "b", "c")]
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
