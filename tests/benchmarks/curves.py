@@ -107,7 +107,7 @@ def _of_workers(out: Path) -> list[dict[str, float]]:
         finally:
             del os.environ["RAY_ADDRESS"]
             cluster.shutdown()
-        seen.append({"workers": actors, "models": len(entries), **measured})
+        seen.append({"workers": actors, **measured})
     return seen
 
 
@@ -138,7 +138,7 @@ def _requests(out: Path, endpoint: str) -> dict[str, object]:
 
 
 def _audit(entries: Sequence[CatalogEntry], out: Path, *, actors: int, results: str | None = None) -> dict[str, float]:
-    """Seconds of a `jobs.audit` and, where its records are local, of its parts."""
+    """Seconds of a `jobs.audit` and, where its records are local, of its stages."""
     catalog = out / "catalog.parquet"
     catalog.write_bytes(write_catalog(entries, catalog.name))
     local = out / f"results-{time.time_ns()}"
@@ -152,7 +152,8 @@ def _audit(entries: Sequence[CatalogEntry], out: Path, *, actors: int, results: 
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["complete"], said
     assert not said["error"], said
-    return {"run": seconds} | ({} if results else stages_of(pq.read_table(local / "audits").to_pylist(), began))
+    seen = {} if results else stages_of(pq.read_table(local / "audits").to_pylist(), began)
+    return {"models": len(entries), "run": seconds, **seen}
 
 
 def plot(report: dict, path: Path) -> None:
