@@ -9,7 +9,12 @@ import pytest
 
 from tests import seaweed
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One of several processes: threads that wait for each other on cores that others use take many times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """In several processes (`-n 2`): one of them has all clusters, from the beginning, and a file stays together."""
     clusters = {item.path for item in items if item.get_closest_marker("ray")}
