@@ -158,8 +158,11 @@ def story(out: str, *, begin: datetime = BEGIN) -> list[Run]:
     return [*runs, night(out, "night-5", begin + timedelta(days=4), late, rows=7, shard_size=4)]
 
 
-def many(rows: int, *, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Looks at a large fleet, each of another checkpoint: one in a hundred tampered, one in fifty an error."""
+def many(rows: int, *, fleet: int = 0, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Looks at a large fleet, each of another checkpoint: one in a hundred tampered, one in fifty an error.
+
+    `fleet` draws the checkpoints, `seed` what is found.
+    """
     draws = random.Random(seed)
     for row in range(rows):
         model_id = f"{('vision', 'speech', 'text')[row % 3]}/team-{row % 97}/model-{row // 8}"
@@ -172,7 +175,7 @@ def many(rows: int, *, seed: int = 0) -> Iterator[dict[str, Any]]:
             what = "intact"
         yield look(
             model_id,
-            f"s3://acme-models-{row % 5}/fleet/{model_id}/{digest(seed, row)[:12]}/checkpoint.safetensors",
+            f"s3://acme-models-{row % 5}/fleet/{model_id}/{digest(fleet, row)[:12]}/checkpoint.safetensors",
             what,
             fetch_ms=draws.uniform(20, 400),
             verify_ms=draws.uniform(100, 3000) if what not in {"checkpoint_corrupt", "object_missing"} else None,
