@@ -115,6 +115,9 @@
 
   const tail = (text, length) => (text.length > length ? `\u2026${text.slice(1 - length)}` : text);
 
+  // Without it, a chart of a few has ticks at halves.
+  const whole = (values) => (Math.max(...values) < 5 ? 1 : undefined);
+
   function charts(data) {
     // The library reads a little markup in labels.
     const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -129,9 +132,9 @@
         marker: { color: colour(name), pattern: { shape: pattern, size: 6, solidity: 0.25, fillmode: "overlay", fgcolor: colour("card") } },
       });
       plots.push(["chart-runs", [bars("tampered", "tampered", "y", ""), bars("error", "could not be checked", "y", "/"), bars("intact", "intact", "y2", "")],
-        () => ({ height: 380, xaxis: { tickvals: ticks, ticktext: ticks.map((run) => data.runs[run].label.replace(/ (\d+:\d+)$/, "<br>$1")), showgrid: false },
-          yaxis: { domain: [0, 0.46], rangemode: "tozero", title: { text: "not intact" }, tickformat: ",d" },
-          yaxis2: { domain: [0.56, 1], rangemode: "tozero", title: { text: "intact" }, tickformat: ",d" } })]);
+        () => ({ height: 380, xaxis: { tickvals: ticks, ticktext: ticks.map((run) => data.runs[run].label.replace(/ (\d+:\d+)$/, "<br>$1")), showgrid: false, zeroline: false },
+          yaxis: { domain: [0, 0.46], rangemode: "tozero", title: { text: "not intact" }, tickformat: ",d", dtick: whole(data.runs.map((run) => run.tampered + run.error)) },
+          yaxis2: { domain: [0.56, 1], rangemode: "tozero", title: { text: "intact" }, tickformat: ",d", dtick: whole(data.runs.map((run) => run.intact)) } })]);
     }
     if (data.slowest.length && $("chart-slowest")) {
       const y = data.slowest.map((_, row) => row);

@@ -23,7 +23,7 @@ from fwm_audit import __version__
 from fwm_audit.report import Report, State, advice, moved, printable
 
 #: Rows of a list that stands in the page itself; the table of all checkpoints has every one of them.
-_ROOM: Final = 100
+_ROOM: Final = 25
 _SLOWEST, _KEYS, _CHARTED_KEYS = 15, 500, 25
 _ORDER: Final = "ORDER BY list_position(['tampered', 'error', 'not_checked', 'intact'], state), model_id, uri"
 
@@ -80,7 +80,7 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, finalize=_finalize, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"when": _when, "number": _number, "moved": moved, "advice": advice}
+    environment.filters |= {"when": _when, "number": _number, "moved": moved, "advice": advice, "count": _count}
     return environment.from_string((folder / "page.html").read_text()).render(
         report=report,
         version=__version__,
@@ -114,6 +114,8 @@ def _headline(report: Report, fleet: dict[str, Any]) -> tuple[State, str]:
         return State.ERROR, f"{_count(fleet['error'], 'checkpoint')} could not be checked"
     if fleet["not_checked"] or report.history.unfinished or report.history.findings or report.last_complete is None:
         return State.NOT_CHECKED, "Not everything was checked"
+    if report.age is not None:
+        return State.NOT_CHECKED, f"Nothing was checked for {_count(report.age.days, 'day')}"
     if not report.history.verified:
         return State.NOT_CHECKED, "No tampering recorded, and no record verified"
     return State.INTACT, f"{_count(fleet['checkpoints'], 'checkpoint')} intact"
@@ -168,5 +170,5 @@ def _when(time: datetime | None) -> Markup:
 def _number(value: float | None, form: str = ",", unit: str = "") -> Markup:
     """A number as people read it, with all its digits for machines."""
     if value is None:
-        return Markup('<span class="none">unknown</span>')
+        return Markup('<span class="none">none</span>')
     return Markup('<data value="{}">{}</data>{}').format(repr(value), format(value, form), unit)

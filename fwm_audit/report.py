@@ -157,6 +157,13 @@ class Report:
         """The newest run of the selection that has a manifest."""
         return next(iter(self.rows("FROM runs WHERE complete ORDER BY number DESC LIMIT 1")), None)
 
+    @property
+    def age(self) -> timedelta | None:
+        """How long ago the last complete run began, if that is too long; the past that `until` asks for is no age."""
+        last = self.last_complete
+        age = self.made_at - last["started_at"] if last is not None and self.selection.until is None else None
+        return age if age is not None and age > STALE else None
+
     def states(self, verdicts: Iterable[State] = ()) -> list[dict[str, Any]]:
         """Every checkpoint as it stands now, the worst first; of some states only, if any are named."""
         return self.rows(
@@ -187,9 +194,10 @@ class Report:
         last = self.last_complete
         if last is None:
             said.append("No complete run is among these: what is not listed may never have been looked at.")
-        elif self.selection.until is None and self.made_at - last["started_at"] > STALE:
-            days = (self.made_at - last["started_at"]).days
-            said.append(f"The last complete run, {last['run_id']}, began {days} days ago: this is how things stood then.")
+        elif self.age is not None:
+            said.append(
+                f"The last complete run, {last['run_id']}, began {self.age.days} days ago: this is how things stood then."
+            )
         return said
 
     def read_sheets(self, keys: str, master: MasterSecret) -> None:

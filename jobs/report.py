@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -304,14 +304,19 @@ def _explain(made: Report, model_id: str, format_: Format) -> None:
     console = _console()
 
     def say(name: str, value: object, style: str = "") -> None:
-        console.print(_line(("dim", f"  {name:<16}"), (style, value)), soft_wrap=True)
+        console.print(_line(("dim", f"  {name:<18}"), (style, value)), soft_wrap=True)
+
+    def head(text: str) -> None:
+        console.print()
+        console.print(_line(("bold", text)), soft_wrap=True)
 
     state = State(known["state"])
     console.print(_line(("bold", f"{model_id}: "), (_COLOURS[state], state.words)))
     for row in known["checkpoints"]:
-        _explain_checkpoint(console, say, row)
+        head(row["uri"])
+        _explain_checkpoint(say, row)
     for incident in known["incidents"]:
-        console.print(_line(("bold", f"\nincident of {incident['uri']}"), ("", "")))
+        head(f"incident of {incident['uri']}")
         say("first tampered", f"{_when(incident['first_tampered_at'])} in run {incident['first_run']}")
         if incident["last_intact_at"]:
             hours = incident["hours_to_detect"]
@@ -321,23 +326,24 @@ def _explain(made: Report, model_id: str, format_: Format) -> None:
         restored = incident["restored_at"]
         say("over", f"since {_when(restored)} (run {incident['restored_run']})" if restored else "no")
     for row in known["keys"]:
-        _explain_key(console, say, made, row)
+        head(f"key {row['key_id']}")
+        _explain_key(say, made, row)
     cost = known["cost"]
-    console.print(_line(("bold", "\ncost")))
+    head("cost")
     say("so far", f"{cost['audits']} audits, {cost['worker_seconds']:.1f} s of a worker, {cost['bytes_read']:,} bytes")
     if not made.history.verified:
-        console.print(_line(("bold yellow", "\nNOT VERIFIED: no public key or master secret was given")))
+        console.print()
+        console.print(_line(("bold yellow", "NOT VERIFIED: no public key or master secret was given")))
     _cli.emit(
         model_id=model_id,
         state=state.value,
-        checkpoints=known["checkpoints"] and len(known["checkpoints"]),
+        checkpoints=len(known["checkpoints"]),
         verified=made.history.verified,
     )
 
 
-def _explain_checkpoint(console: Console, say: Any, row: dict[str, Any]) -> None:
+def _explain_checkpoint(say: Callable[..., None], row: dict[str, Any]) -> None:
     state = State(row["state"])
-    console.print(_line(("bold", f"\n{row['uri']}")))
     say("verdict", state.words, _COLOURS[state])
     if row["error_code"]:
         say("why", f"{row['error_code']}: {row['error_message']}")
@@ -361,8 +367,7 @@ def _explain_checkpoint(console: Console, say: Any, row: dict[str, Any]) -> None
     say("next", row["next"], "bold")
 
 
-def _explain_key(console: Console, say: Any, made: Report, row: dict[str, Any]) -> None:
-    console.print(_line(("bold", f"\nkey {row['key_id']}")))
+def _explain_key(say: Callable[..., None], made: Report, row: dict[str, Any]) -> None:
     say("method", f"{row['method']}, labels in {row['arithmetic'] or 'float64'}")
     sheet = made.sheet(row["model_id"], row["key_id"])
     if sheet is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from fwm_audit.history import read
 from fwm_audit.page import render
 from fwm_audit.report import Report
 from tests.browser import browser, opened
-from tests.histories import BEGIN, MASTER, many, night
+from tests.histories import MASTER, many, night
 
 _EXAMPLES = """\b
 Examples:
@@ -55,7 +55,7 @@ def measured(folder: Path, records: int, nights: int) -> dict[str, float]:
         for number in range(nights):
             # Another seed each night: what is tampered changes, the checkpoints do not.
             looks = list(many(records // nights, fleet=0, seed=number))
-            night(out, f"night-{number:03}", BEGIN + timedelta(days=number), looks)
+            night(out, f"night-{number:03}", datetime.now(UTC) - timedelta(days=nights - 1 - number, hours=1), looks)
     began = time.perf_counter()
     report = Report(read(out, [MASTER.public_key]))
     read_s = time.perf_counter() - began
