@@ -237,6 +237,6 @@ def _statement(
 def attestation_name(model_id: str) -> str:
     """Name of a model's statement: its id with everything quoted that a store or shell could read as more."""
     quoted = quote(model_id, safe="")
-    if len(quoted) > 200 or quoted.startswith("."):
+    if not 0 < len(quoted) <= 200 or quoted.startswith("."):
         quoted = hashlib.sha256(model_id.encode()).hexdigest()
     return f"{quoted}.intoto.json"

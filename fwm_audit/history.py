@@ -62,9 +62,7 @@ class History:
     manifests: Mapping[str, str]
 
 
-def read(
-    out: str, public_keys: Collection[str] | None, *, head: str | None = None, keys: str | None = None
-) -> History:
+def read(out: str, public_keys: Collection[str] | None, *, head: str | None = None, keys: str | None = None) -> History:
     """All that runs have stored below an output.
 
     Args:

@@ -273,7 +273,7 @@ class _Book:
                 table = from_parquet(content)
                 if self.kept is not None and entered:
                     self.kept.tables[path] = table
-                return table.num_rows
+                return int(table.num_rows)
             return 0
 
         return paths, sum(pool.map(part, files))

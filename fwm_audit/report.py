@@ -228,9 +228,7 @@ class Report:
                     "moved": moved(row),
                     "next": advice(row),
                     "digest_released": self._released(row, history),
-                    "history": [
-                        {name: look[name] for name in _LOOK} for look in history if look["uri"] == row["uri"]
-                    ],
+                    "history": [{name: look[name] for name in _LOOK} for look in history if look["uri"] == row["uri"]],
                 }
                 for row in checkpoints
             ],
@@ -339,7 +337,9 @@ _ADVICE: Final = {
 
 def advice(row: Mapping[str, Any]) -> str:
     """What to do next about a checkpoint: a sentence, free of what others chose."""
-    restore = "take it out of service, keep the file, find out who wrote it (the store's access log), restore the release"
+    restore = (
+        "take it out of service, keep the file, find out who wrote it (the store's access log), restore the release"
+    )
     match row["state"]:
         case State.INTACT if row["digest_matches"] is False:
             said = "nothing, if it was saved anew on purpose: it computes the same from other bytes"
@@ -356,7 +356,9 @@ def advice(row: Mapping[str, Any]) -> str:
                 "versions and the architecture's code before you suspect the file"
             )
         case State.TAMPERED if row["displacement"] == Displacement.FLOAT32:
-            said = f"if somebody re-computed it in float32 on purpose, audit with --tolerance float32; otherwise {restore}"
+            said = (
+                f"if somebody re-computed it in float32 on purpose, audit with --tolerance float32; otherwise {restore}"
+            )
         case State.TAMPERED if row["displacement"] == Displacement.HALF:
             said = (
                 "a small edit: one step of training, a flipped bit, or a conversion that nobody declared. If it is such "

@@ -122,8 +122,8 @@ FROM incidents;
 CREATE OR REPLACE VIEW changes AS
 SELECT now.model_id, now.uri, before.state AS before, now.state AS now,
        CASE WHEN before.state IS NULL THEN 'first look' WHEN before.state <> now.state THEN 'verdict'
-            WHEN before.sha256 <> now.sha256 THEN 'other bytes' WHEN before.key_id <> now.key_id THEN 'other key'
-            ELSE 'finding' END AS change,
+            WHEN before.displacement <> now.displacement OR before.error_code IS DISTINCT FROM now.error_code
+            THEN 'finding' WHEN before.sha256 <> now.sha256 THEN 'other bytes' ELSE 'other key' END AS change,
        now.displacement, now.error_code, now.number, before.sha256 AS sha256_before, now.sha256
 FROM checkpoints AS now
 LEFT JOIN state_after((SELECT max(number) - 1 FROM runs)) AS before USING (model_id, uri)

@@ -80,7 +80,9 @@ def report(
         list[str] | None, typer.Option(metavar="PATTERN", help="Only models like 'vision/*'; repeatable.")
     ] = None,
     key: Annotated[list[str] | None, typer.Option(metavar="KEY_ID", help="Only these keys; repeatable.")] = None,
-    since: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Only runs from this day on, UTC.")] = None,
+    since: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Only runs from this day on, UTC.")
+    ] = None,
     until: Annotated[
         datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The fleet as it stood after this day, UTC.")
     ] = None,
@@ -279,13 +281,18 @@ def _table(made: Report, verdicts: Sequence[State]) -> None:
         console.print(f"and {left} intact ones")
     console.print()
     counts = [
-        (_COLOURS[state] if fleet[state] else "dim", f"{fleet[state]} {state.words}{'' if state is State.INTACT else ', '}")
+        (
+            _COLOURS[state] if fleet[state] else "dim",
+            f"{fleet[state]} {state.words}{'' if state is State.INTACT else ', '}",
+        )
         for state in State
     ]
     console.print(_line(("", f"{fleet['checkpoints']} checkpoints of {fleet['models']} models: "), *counts))
     if last is not None:
         console.print(_line(("", f"last complete run: {last['run_id']}, {_when(last['started_at'])} UTC")))
-    verified = "every record is signed and vouched for" if made.history.verified else "NOT VERIFIED: no public key given"
+    verified = (
+        "every record is signed and vouched for" if made.history.verified else "NOT VERIFIED: no public key given"
+    )
     console.print(_line(("" if made.history.verified else "bold yellow", verified)))
 
 
@@ -350,7 +357,10 @@ def _explain_checkpoint(say: Callable[..., None], row: dict[str, Any]) -> None:
     if row["triggers"]:
         say("labels", f"{row['matches']} of {row['triggers']} are right")
         say("moved", row["moved"])
-        say("checked as", f"{row['variant']} ({row['container']}, tensors {row['dtype']}, labels in {row['arithmetic']})")
+        say(
+            "checked as",
+            f"{row['variant']} ({row['container']}, tensors {row['dtype']}, labels in {row['arithmetic']})",
+        )
     same = {True: "the released ones", False: "other than the released ones", None: "not compared"}
     say("bytes", same[row["digest_matches"]])
     say("digest before", row["digest_released"] or "not known here: give --keys and the master secret")
