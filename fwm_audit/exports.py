@@ -117,10 +117,7 @@ def _result(
 ) -> dict[str, Any]:
     subject = row["model_id"], row["uri"]
     change, incident = changes.get(subject), opened.get(subject)
-    if change is None:
-        baseline = "unchanged"
-    else:
-        baseline = "updated" if change["before"] == row["state"] else "new"
+    baseline = "unchanged" if change is None else "updated" if change["before"] == row["state"] else "new"
     match row["state"]:
         case State.TAMPERED:
             said = f"is tampered: {row['matches']} of {row['triggers']} labels are right; it moved {moved(row)}"
@@ -191,7 +188,7 @@ def summaries(report: Report, audits: str) -> dict[str, dict[str, Any] | None]:
             if row["sha256"] and row["state"] != State.NOT_CHECKED
         ]
         passed = sound and all(row["state"] == Verdict.INTACT for row in rows)
-        made[model_id] = subjects and _statement(report, audits, model_id, rows, subjects, passed=passed) or None
+        made[model_id] = _statement(report, audits, model_id, rows, subjects, passed=passed) if subjects else None
     return made
 
 

@@ -256,27 +256,27 @@ class _Book:
         paths |= {path for path, _ in files}
         if self.kept is not None and entered:
             self.kept.manifests[run_id] = digest
+        kept = self.kept if entered else None
+        return paths, sum(pool.map(lambda item: self.file(run_id, item[0], item[1], kept), files))
 
-        def part(file: tuple[str, str]) -> int:
-            path, digest = file
-            content = self.read(path)
-            if content is None:
-                return 0
-            if hashlib.sha256(content).hexdigest() != digest:
-                self.found(path, f"was changed after run {run_id} wrote it")
-            elif path == description:
-                with contextlib.suppress(UsageError):
-                    self.runs.append(described := Run.from_json(content))
-                    if self.kept is not None and entered:
-                        self.kept.runs[run_id] = described
-            else:
-                table = from_parquet(content)
-                if self.kept is not None and entered:
-                    self.kept.tables[path] = table
-                return int(table.num_rows)
+    def file(self, run_id: str, path: str, digest: str, kept: Kept | None) -> int:
+        """Rows of a part of a run; none of its description."""
+        content = self.read(path)
+        if content is None:
             return 0
-
-        return paths, sum(pool.map(part, files))
+        if hashlib.sha256(content).hexdigest() != digest:
+            self.found(path, f"was changed after run {run_id} wrote it")
+            return 0
+        if path == run_path(run_id, "run.json"):
+            with contextlib.suppress(UsageError):
+                self.runs.append(described := Run.from_json(content))
+                if kept is not None:
+                    kept.runs[run_id] = described
+            return 0
+        table = from_parquet(content)
+        if kept is not None:
+            kept.tables[path] = table
+        return int(table.num_rows)
 
     def unfinished(self, run_id: str) -> None:
         """A run in work has a signed description, and what it has written so far is signed, too."""

@@ -1,7 +1,7 @@
 """A report as one page that needs nothing else: no network, no server, charts and records inside.
 
 Records and the charts' library are compressed in the page, and the page's policy (CSP) lets no other script run than
-the three whose digests it names. Everything that others chose (ids, URIs, messages) is data there, never markup.
+the two whose digests it names. Everything that others chose (ids, URIs, messages) is data there, never markup.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from fwm_audit.report import Report, State, advice, moved, printable
 #: Rows of a list that stands in the page itself; the table of all checkpoints has every one of them.
 _ROOM: Final = 25
 _SLOWEST, _KEYS, _CHARTED_KEYS = 15, 500, 25
-_ORDER: Final = "ORDER BY list_position(['tampered', 'error', 'not_checked', 'intact'], state), model_id, uri"
 
 
 def render(report: Report) -> str:
@@ -130,12 +129,12 @@ def _count(number: int, name: str) -> str:
 def _checkpoints(report: Report) -> dict[str, Any]:
     """Columns of the table; text as numbers of a sorted list, so that the browser sorts numbers only."""
     rows = report.columns(
-        "SELECT list_position(['tampered', 'error', 'not_checked', 'intact'], state) - 1 AS state, now.model_id, now.uri, "
+        "SELECT list_position(['tampered', 'error', 'not_checked', 'intact'], state) - 1 AS state, model_id, uri, "
         "CASE state WHEN 'tampered' THEN 'moved: ' || displacement WHEN 'error' THEN coalesce(error_code, 'error') "
-        "WHEN 'not_checked' THEN 'was ' || verdict ELSE CASE WHEN NOT digest_matches THEN 'other bytes' ELSE '' END END "
-        "AS finding, matches, triggers, epoch(audited_at)::BIGINT AS looked, "
+        "WHEN 'not_checked' THEN 'was ' || verdict ELSE CASE WHEN NOT digest_matches THEN 'other bytes' ELSE '' END "
+        "END AS finding, matches, triggers, epoch(audited_at)::BIGINT AS looked, "
         "round(coalesce(fetch_ms, 0) + coalesce(load_ms, 0) + coalesce(verify_ms, 0), 1) AS ms "
-        f"FROM checkpoints AS now {_ORDER}"
+        "FROM checkpoints ORDER BY state, model_id, uri"
     )
     return {name: values if name in _NUMBERS else _coded(values) for name, values in rows.items()}
 

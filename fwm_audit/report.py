@@ -27,6 +27,22 @@ from fwm_audit.verdict import Displacement
 STALE: Final = timedelta(hours=48)
 
 
+# Days are made from the epoch, as the plain cast would take the time zone of the machine, and DuckDB's own time zones
+# are an extension that it downloads.
+_RECORDS: Final = """
+CREATE TABLE records AS SELECT * EXCLUDE (day)
+FROM (SELECT *, make_timestamp(epoch_us(run_started_at))::DATE AS day FROM stored)
+WHERE ($since::DATE IS NULL OR day >= $since) AND ($until::DATE IS NULL OR day <= $until)
+  AND ($keys::VARCHAR[] IS NULL OR list_contains($keys, key_id))
+  AND ($models::VARCHAR[] IS NULL OR len(list_filter($models, lambda pattern: model_id GLOB pattern)) > 0)
+"""
+_RUN_FILES: Final = """
+CREATE TABLE run_files AS SELECT * EXCLUDE (day)
+FROM (SELECT *, make_timestamp(epoch_us(started_at::TIMESTAMPTZ))::DATE AS day FROM stored_run_files)
+WHERE ($since::DATE IS NULL OR day >= $since) AND ($until::DATE IS NULL OR day <= $until)
+"""
+
+
 class State(StrEnum):
     """How a checkpoint stands now, the worst first: a verdict, or the last complete run did not list it."""
 
@@ -110,22 +126,10 @@ class Report:
         self._database = duckdb.connect()
         self._database.register("stored", history.records)
         self._database.register("stored_run_files", history.run_files)
-        days = "(? IS NULL OR day >= ?) AND (? IS NULL OR day <= ?)"
-        since, until = self.selection.since, self.selection.until
-        when = [since, since, until, until]
-        models, keys = list(self.selection.models), list(self.selection.keys)
-        self._database.execute(
-            f"CREATE TABLE records AS SELECT * EXCLUDE (day) FROM (SELECT *, {_day('run_started_at')} FROM stored) "
-            f"WHERE {days} AND (? OR key_id IN (SELECT unnest(?::VARCHAR[]))) "
-            "AND (? OR EXISTS (SELECT 1 FROM (SELECT unnest(?::VARCHAR[]) AS p) WHERE model_id GLOB p))",
-            [*when, not keys, keys, not models, models],
-        )
-        self._database.execute(
-            "CREATE TABLE run_files AS SELECT * EXCLUDE (day) "
-            f"FROM (SELECT *, {_day('started_at::TIMESTAMPTZ')} FROM stored_run_files) "
-            f"WHERE {days}",  # noqa: S608 - a constant
-            when,
-        )
+        days = {"since": self.selection.since, "until": self.selection.until}
+        names = {"models": list(self.selection.models) or None, "keys": list(self.selection.keys) or None}
+        self._database.execute(_RECORDS, days | names)
+        self._database.execute(_RUN_FILES, days)
         self._database.execute((resources.files("fwm_audit") / "views.sql").read_text())
 
     def rows(self, query: str, *values: Any) -> list[dict[str, Any]]:
@@ -181,22 +185,24 @@ class Report:
                 "lies in the store, and whoever can write there can have made them."
             )
         if findings := self.history.findings:
-            first = f"{findings[0].path} {findings[0].problem}"
             said.append(
-                f"{len(findings)} {_of(findings, 'object is', 'objects are')} not as written, and left out of this "
-                f"report: {first}. All of them: python -m jobs.report --verify"
+                f"{findings[0].path} {findings[0].problem}"
+                + (f", and {len(findings) - 1} more findings like it" if len(findings) > 1 else "")
+                + ": not everything is as it was written, and what nobody vouches for is left out of this report. "
+                "See python -m jobs.report --verify"
             )
-        for run in self.history.unfinished:
-            said.append(
-                f"Run {run.run_id} is not complete: {run.stored} of {run.rows} catalog rows have a record. "
-                "The same --run-id resumes it."
-            )
+        said += [
+            f"Run {run.run_id} is not complete: {run.stored} of {run.rows} catalog rows have a record. "
+            "The same --run-id resumes it."
+            for run in self.history.unfinished
+        ]
         last = self.last_complete
         if last is None:
             said.append("No complete run is among these: what is not listed may never have been looked at.")
         elif self.age is not None:
             said.append(
-                f"The last complete run, {last['run_id']}, began {self.age.days} days ago: this is how things stood then."
+                f"The last complete run, {last['run_id']}, began {self.age.days} days ago: this is how things stood "
+                "then."
             )
         return said
 
@@ -246,19 +252,10 @@ class Report:
         return next(same, None)
 
 
-def _day(time: str) -> str:
-    # The plain cast would take the day in the zone of the machine, and DuckDB's time zones are an extension.
-    return f"make_timestamp(epoch_us({time}))::DATE AS day"
-
-
 _LOOK: Final = (
     *("number", "run_id", "run_started_at", "audited_at", "state", "displacement", "matches", "triggers", "variant"),
     *("container", "dtype", "sha256", "etag", "size_bytes", "digest_matches", "key_id", "error_code", "carried_from"),
 )
-
-
-def _of(items: Sequence[object], one: str, many: str) -> str:
-    return one if len(items) == 1 else many
 
 
 def _sheet(keys: str, row: Mapping[str, Any], master: MasterSecret) -> Sheet:
@@ -309,7 +306,7 @@ def moved(row: Mapping[str, Any]) -> str:
 
 _ADVICE: Final = {
     ErrorCode.CATALOG_ROW: "correct the row in the catalog",
-    ErrorCode.CATALOG_DUPLICATE: "remove the repeated row from the catalog; the other row of this checkpoint was audited",
+    ErrorCode.CATALOG_DUPLICATE: "remove the repeated row from the catalog; its other row was audited",
     ErrorCode.URI_NOT_ALLOWED: "find out who put this URI into the catalog; if it is yours, see --allow-local",
     ErrorCode.ARCH_UNKNOWN: "correct `arch` in the catalog",
     ErrorCode.ARCH_NOT_ALLOWED: "find out who put this architecture into the catalog; if it is yours, --allow-factory",
@@ -361,7 +358,7 @@ def advice(row: Mapping[str, Any]) -> str:
             )
         case State.TAMPERED if row["displacement"] == Displacement.HALF:
             said = (
-                "a small edit: one step of training, a flipped bit, or a conversion that nobody declared. If it is such "
+                "a small edit: one step of training, a flipped bit, or a conversion that nobody declared. If it is "
                 f"a form of the release, embed with --variants; otherwise {restore}"
             )
         case State.TAMPERED:

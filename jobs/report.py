@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -26,7 +25,7 @@ from fwm_audit import exports, ledger, storage
 from fwm_audit.errors import UsageError
 from fwm_audit.history import read
 from fwm_audit.key import MASTER_COMMAND_VARIABLE, MASTER_KEY_VARIABLE, MasterSecret
-from fwm_audit.report import Report, Selection, State, advice, printable, short
+from fwm_audit.report import Report, Selection, State, printable, short
 from jobs import _cli
 
 _EXAMPLES = """\b
@@ -109,10 +108,8 @@ def report(
     master_key: _cli.MasterKey = None,
 ) -> None:
     """Show the fleet: which checkpoints are tampered, which could not be checked, and since when."""
-    given = {"--public-key": public_key or [], "--head": [head] if head is not None else []}
-    for option, values in given.items():
-        if wrong := [value for value in values if not re.fullmatch(r"[0-9a-fA-F]{64}", value)]:
-            raise UsageError(f"{option} {wrong[0][:80]!a} is not 64 hex digits")
+    public_key = [_hex("--public-key", value) for value in public_key or ()]
+    head = _hex("--head", head) if head is not None else None
     if verify_:
         _verify(audits, public_key, head, keys, master_key)
         return
@@ -120,45 +117,38 @@ def report(
     if State.INTACT in failing:
         raise UsageError("--fail-on intact: name what is wrong, such as tampered,error,not_checked")
     master = _master(master_key)
-    trusted = [value.lower() for value in public_key or ()] or ([master.public_key] if master else None)
+    trusted = public_key or ([master.public_key] if master else None)
     if trusted is None and (head is not None or attestations is not None):
         option = "--head" if head is not None else "--attestations"
         raise UsageError(f"{option} needs verified records: give --public-key or the master secret")
     if attestations is not None and key:
         raise UsageError("--attestations speaks of whole models: leave --key away")
-    known = read(audits, trusted, head=head.lower() if head else None, keys=keys if trusted else None)
-    made = Report(
-        known,
-        Selection(
-            models=tuple(model or ()),
-            keys=tuple(key or ()),
-            since=since.date() if since else None,
-            until=until.date() if until else None,
-        ),
-    )
-    if not made.one("fleet")["checkpoints"] and made.selection.words():
-        raise UsageError(f"no record is of {printable(made.selection.words())}: check the filters")
+    known = read(audits, trusted, head=head, keys=keys if trusted else None)
+    days = [day.date() if day else None for day in (since, until)]
+    made = Report(known, Selection(models=tuple(model or ()), keys=tuple(key or ()), since=days[0], until=days[1]))
+    if not made.one("fleet")["checkpoints"] and (words := made.selection.words()):
+        raise UsageError(f"no record is of {printable(words)}: check the filters")
     if keys is not None and master is not None:
         made.read_sheets(keys, master)
     for warning in made.warnings():
         log.warning("%s", printable(warning))
-    if html is not None:
-        from fwm_audit.page import render  # noqa: PLC0415 - the charts' library takes a while to import
-
-        storage.replace(storage.absolute(html), render(made).encode())
-        log.info("wrote %s", printable(html))
-    if attestations is not None:
-        _attest(made, audits, attestations, master)
+    _write(made, audits, html, attestations, master)
     if explain is not None:
         _explain(made, explain, format_)
-    elif format_ is Format.TABLE:
-        _table(made, shown)
-        _cli.emit(verified=known.verified, findings=len(known.findings), **made.one("fleet"))
-    elif format_ is Format.JSON:
-        _print(exports.to_json(exports.document(made, shown)))
     else:
-        _print(exports.to_json(exports.sarif(made, shown)))
+        _show(made, shown, format_)
     _exit(made, failing)
+
+
+def _hex(option: str, text: str) -> str:
+    """64 hex digits in lower case.
+
+    Raises:
+        UsageError: They are something else.
+    """
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise UsageError(f"{option} {text[:80]!a} is not 64 hex digits")
+    return text.lower()
 
 
 def _states(option: str, text: str | None) -> list[State]:
@@ -186,12 +176,10 @@ def _exit(made: Report, failing: Sequence[State]) -> None:
         raise typer.Exit(_cli.EXIT_INCOMPLETE)
 
 
-def _verify(
-    audits: str, public_key: list[str] | None, head: str | None, keys: str | None, master_key: Path | None
-) -> None:
+def _verify(audits: str, public_key: list[str], head: str | None, keys: str | None, master_key: Path | None) -> None:
     """Prove that no part, row or run was changed, removed or re-ordered, or say which."""
-    trusted = [key.lower() for key in public_key or ()] or [MasterSecret.from_file(master_key).public_key]
-    seen = ledger.verify(audits, trusted, head=head.lower() if head else None, keys=keys)
+    trusted = public_key or [MasterSecret.from_file(master_key).public_key]
+    seen = ledger.verify(audits, trusted, head=head, keys=keys)
     if not seen.runs and not seen.findings:
         raise UsageError(f"no run has finished under {audits}: name the --out of the audits")
     for finding in seen.findings:
@@ -221,8 +209,15 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # as in _cli.emit
 
 
-def _attest(made: Report, audits: str, folder: str, master: MasterSecret | None) -> None:
-    written = signed = 0
+def _write(made: Report, audits: str, html: str | None, attestations: str | None, master: MasterSecret | None) -> None:
+    if html is not None:
+        from fwm_audit.page import render  # noqa: PLC0415 - the charts' library takes a while to import
+
+        storage.replace(storage.absolute(html), render(made).encode())
+        log.info("wrote %s", printable(html))
+    if attestations is None:
+        return
+    written = 0
     for model_id, statement in exports.summaries(made, storage.absolute(audits)).items():
         if statement is None:
             log.warning("no attestation of %s: none of its files could be read", printable(model_id))
@@ -230,10 +225,10 @@ def _attest(made: Report, audits: str, folder: str, master: MasterSecret | None)
         payload = exports.to_json(statement).encode()
         if master is not None:
             payload = master.envelope(exports.PAYLOAD_TYPE, payload)
-            signed += 1
-        storage.replace(storage.join(storage.absolute(folder), exports.attestation_name(model_id)), payload)
+        storage.replace(storage.join(storage.absolute(attestations), exports.attestation_name(model_id)), payload)
         written += 1
-    log.info("wrote %d attestations to %s, %d of them signed", written, printable(folder), signed)
+    signed = "signed" if master is not None else "not signed, as there is no master secret here"
+    log.info("wrote %d attestations to %s, %s", written, printable(attestations), signed)
 
 
 def _console() -> Console:
@@ -247,6 +242,17 @@ def _line(*parts: tuple[str, object]) -> Text:
 
 def _when(time: datetime | None) -> str:
     return f"{time.astimezone(UTC):%Y-%m-%d %H:%M}" if time else ""
+
+
+def _show(made: Report, verdicts: Sequence[State], format_: Format) -> None:
+    if format_ is Format.JSON:
+        _print(exports.to_json(exports.document(made, verdicts)))
+    elif format_ is Format.SARIF:
+        _print(exports.to_json(exports.sarif(made, verdicts)))
+    else:
+        _table(made, verdicts)
+        history = made.history
+        _cli.emit(verified=history.verified, findings=len(history.findings), **made.one("fleet"))
 
 
 def _table(made: Report, verdicts: Sequence[State]) -> None:
@@ -302,9 +308,9 @@ def _explain(made: Report, model_id: str, format_: Format) -> None:
         near = made.rows("SELECT model_id FROM models ORDER BY jaccard(model_id, ?) DESC, model_id LIMIT 3", model_id)
         names = ", ".join(printable(row["model_id"]) for row in near)
         raise UsageError(f"no record is of the model {printable(model_id)!r}; there are, among others: {names}")
-    if format_ is not Format.TABLE:
-        if format_ is Format.SARIF:
-            raise UsageError("--explain is for people, or for programs with --format json")
+    if format_ is Format.SARIF:
+        raise UsageError("--explain is for people, or for programs with --format json")
+    if format_ is Format.JSON:
         sheets = [dataclasses.asdict(sheet) for sheet in made.sheets or () if sheet.model_id == model_id]
         _print(exports.to_json(known | {"verified": made.history.verified, "sheets": sheets}))
         return
@@ -324,14 +330,7 @@ def _explain(made: Report, model_id: str, format_: Format) -> None:
         _explain_checkpoint(say, row)
     for incident in known["incidents"]:
         head(f"incident of {incident['uri']}")
-        say("first tampered", f"{_when(incident['first_tampered_at'])} in run {incident['first_run']}")
-        if incident["last_intact_at"]:
-            hours = incident["hours_to_detect"]
-            say("last intact", f"{_when(incident['last_intact_at'])}: noticed after {hours:.1f} hours at most")
-        else:
-            say("last intact", "never: it was tampered at its first look")
-        restored = incident["restored_at"]
-        say("over", f"since {_when(restored)} (run {incident['restored_run']})" if restored else "no")
+        _explain_incident(say, incident)
     for row in known["keys"]:
         head(f"key {row['key_id']}")
         _explain_key(say, made, row)
@@ -375,6 +374,17 @@ def _explain_checkpoint(say: Callable[..., None], row: dict[str, Any]) -> None:
             _COLOURS[State(look["state"])],
         )
     say("next", row["next"], "bold")
+
+
+def _explain_incident(say: Callable[..., None], incident: dict[str, Any]) -> None:
+    say("first tampered", f"{_when(incident['first_tampered_at'])} in run {incident['first_run']}")
+    if incident["last_intact_at"]:
+        hours = incident["hours_to_detect"]
+        say("last intact", f"{_when(incident['last_intact_at'])}: noticed after {hours:.1f} hours at most")
+    else:
+        say("last intact", "never: it was tampered at its first look")
+    restored = incident["restored_at"]
+    say("over", f"since {_when(restored)} (run {incident['restored_run']})" if restored else "no")
 
 
 def _explain_key(say: Callable[..., None], made: Report, row: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The page in a real browser: every number of it is what SQL over the Parquet says, and nothing in it runs but itself."""
+"""The page in a real browser: every number is what SQL over the Parquet says, and nothing runs in it but itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(executable() is None, reason="no Chromium on the
 #: What the page's lists stand for, in SQL that shares nothing with the page.
 LISTS = {
     "runs": "FROM runs ORDER BY number",
-    "changes": "FROM changes ORDER BY list_position(['tampered', 'error', 'not_checked', 'intact'], now), model_id, uri",
+    "changes": "FROM changes ORDER BY list_position(['tampered', 'error', 'not_checked', 'intact'], now), "
+    "model_id, uri",
     "failing": "FROM failing ORDER BY looks DESC, model_id, uri",
     "slowest": "FROM slowest",
     "cost": "FROM cost ORDER BY worker_seconds DESC, model_id",
@@ -112,11 +113,12 @@ def test_the_table_is_what_sql_says(tab, out):
     expected = (
         by_hand(out)
         .sql(
-            "SELECT CASE state WHEN 'error' THEN 'could not be checked' WHEN 'not_checked' THEN 'not checked' ELSE state END,"
-            " model_id, uri, CASE WHEN triggers IS NULL THEN '' ELSE matches || '/' || triggers END,"
+            "SELECT CASE state WHEN 'error' THEN 'could not be checked' WHEN 'not_checked' THEN 'not checked'"
+            " ELSE state END, model_id, uri, CASE WHEN triggers IS NULL THEN '' ELSE matches || '/' || triggers END,"
             " strftime(make_timestamp(epoch_us(audited_at)), '%Y-%m-%d %H:%M'),"
             " format('{:.1f}', coalesce(fetch_ms, 0) + coalesce(load_ms, 0) + coalesce(verify_ms, 0))"
-            " FROM checkpoints ORDER BY list_position(['tampered', 'error', 'not_checked', 'intact'], state), model_id, uri"
+            " FROM checkpoints"
+            " ORDER BY list_position(['tampered', 'error', 'not_checked', 'intact'], state), model_id, uri"
         )
         .fetchall()
     )
@@ -180,7 +182,8 @@ def test_nothing_runs_or_loads_but_the_page_itself(tab):
     assert tab.said == []
     assert tab.evaluate("document.querySelectorAll('img, iframe, object, form').length") == 0
     tab.evaluate(
-        "const added = document.createElement('script'); added.textContent = 'window.broken = 1'; document.body.append(added)"
+        "const added = document.createElement('script'); added.textContent = 'window.broken = 1'; "
+        "document.body.append(added)"
     )
     assert tab.evaluate("window.broken") is None
     tab.evaluate("fetch('https://example.org/').catch(() => { window.refused = 1; })")
@@ -249,4 +252,4 @@ def test_a_page_of_a_wrong_master_secret_shows_no_record(out):
     page = render(Report(read(out, [MasterSecret(bytes(32)).public_key])))
     assert "vision/a" not in page
     assert "Not everything was checked" in page
-    assert "not as written" in page
+    assert "not everything is as it was written" in page

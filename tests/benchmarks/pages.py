@@ -78,7 +78,8 @@ def in_browser(tab: Any) -> dict[str, float]:
         )
 
     search = until_drawn(
-        "const box = document.getElementById('search'); box.value = 'team-7 corrupt'; box.dispatchEvent(new Event('input'))"
+        "const box = document.getElementById('search'); box.value = 'team-7 corrupt'; "
+        "box.dispatchEvent(new Event('input'))"
     )
     sort = until_drawn("document.querySelector('th[data-sort=ms] button').click()")
     return {
