@@ -219,10 +219,24 @@ def test_the_views_by_hand_say_what_the_report_says(out, told):
         assert told.rows(query) == connection.sql(query).to_arrow_table().to_pylist(), view
 
 
+def test_the_sql_of_the_readme_runs(out):
+    """Its first block makes the views as the comment in views.sql says; every query of it has an answer."""
+    text = Path("README.md").read_text()
+    (block,) = [
+        part for part in re.findall(r"```sql\n(.*?)```", text, re.DOTALL) if ".read fwm_audit/views.sql" in part
+    ]
+    made, _, queries = block.partition(".read fwm_audit/views.sql")
+    comment = "".join(line for line in re.findall(r"^--   (.*)$", VIEWS.read_text(), re.MULTILINE) if line[0] != ".")
+    assert made.split() == comment.replace(";CREATE", "; CREATE").replace(",columns", ", columns").split()
+    connection = by_hand(out)
+    asked = [query for query in re.sub("--.*", "", queries).split(";") if query.strip()]
+    answered = [connection.sql(query).to_arrow_table() for query in asked]
+    assert [len(rows) for rows in answered] == [6, 3, 1, 6]
+
+
 def test_the_same_files_read_everywhere(out, told):
     """Counts of verdicts by run: pandas, Polars, an Arrow dataset and DuckDB."""
     expected = {row["run_id"]: (row["intact"], row["tampered"], row["error"]) for row in told.rows("FROM runs")}
-    files = sorted(Path(out).glob("audits/**/*.parquet"))
 
     def counted(rows):
         seen = {run_id: dict.fromkeys(("intact", "tampered", "error"), 0) for run_id in expected}
@@ -230,7 +244,7 @@ def test_the_same_files_read_everywhere(out, told):
             seen[run_id][verdict] = count
         return {run_id: tuple(counts.values()) for run_id, counts in seen.items()}
 
-    frame = pd.concat(map(pd.read_parquet, files))
+    frame = pd.read_parquet(f"{out}/audits")
     assert str(frame["run_started_at"].dtype) == "datetime64[us, UTC]"
     assert counted((*key, n) for key, n in frame.groupby(["run_id", "verdict"]).size().items()) == expected
     lazy = pl.scan_parquet(f"{out}/audits/**/*.parquet").group_by("run_id", "verdict").len().collect()
