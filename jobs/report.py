@@ -296,10 +296,12 @@ def _table(made: Report, verdicts: Sequence[State]) -> None:
     console.print(_line(("", f"{fleet['checkpoints']} checkpoints of {fleet['models']} models: "), *counts))
     if last is not None:
         console.print(_line(("", f"last complete run: {last['run_id']}, {_when(last['started_at'])} UTC")))
-    verified = (
-        "every record is signed and vouched for" if made.history.verified else "NOT VERIFIED: no public key given"
-    )
-    console.print(_line(("" if made.history.verified else "bold yellow", verified)))
+    if not made.history.verified:
+        console.print(_line(("bold yellow", "NOT VERIFIED: no public key or master secret was given")))
+    elif findings := made.history.findings:
+        console.print(_line(("bold red", f"NOT AS WRITTEN: see --verify ({len(findings)} findings)")))
+    else:
+        console.print(_line(("", "every record is signed and vouched for")))
 
 
 def _explain(made: Report, model_id: str, format_: Format) -> None:

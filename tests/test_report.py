@@ -481,7 +481,10 @@ def test_something_forged_is_exit_code_1(tmp_path, master_file):
     assert run("--audits", str(tmp_path), "--master-key", master_file)[0] == 0
     (tmp_path / "audits" / "run_date=2026-11-01").mkdir()
     (tmp_path / "audits" / "run_date=2026-11-01" / "more-000000.parquet").write_bytes(b"PAR1")
-    assert run("--audits", str(tmp_path), "--master-key", master_file)[0] == 1
+    code, said, _ = run("--audits", str(tmp_path), "--master-key", master_file)
+    assert code == 1
+    assert "NOT AS WRITTEN: see --verify (1 findings)" in said
+    assert "every record is signed" not in said
     assert run("--audits", str(tmp_path))[0] == 1
 
 
