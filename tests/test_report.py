@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from fwm_audit import exports, storage
 from fwm_audit.errors import ErrorCode, UsageError
 from fwm_audit.history import read
-from fwm_audit.key import MasterSecret
+from fwm_audit.key import MasterSecret, signed_values
 from fwm_audit.page import _headline, render
 from fwm_audit.records import SCHEMA
 from fwm_audit.report import _ADVICE, Report, Selection, State, advice, moved
@@ -295,6 +295,17 @@ def test_only_what_the_ledger_vouches_for_counts(tmp_path):
     assert seen["speech/b"] == "not_checked"  # its look of night 4 is gone: nobody says that it was fine
     assert any("not everything is as it was written" in warning for warning in report.warnings())
     assert "night-9" in {row["run_id"] for row in Report(read(out, None)).rows("FROM runs")}
+
+
+def test_a_run_whose_manifest_is_not_the_one_of_the_ledger_does_not_count(tmp_path):
+    """Though a trusted key signed it: of two manifests of one run, nobody knows which parts are meant."""
+    story(str(tmp_path))
+    path = f"{tmp_path}/runs/night-4/manifest.json"
+    values = signed_values(storage.read(path), "manifest", TRUSTED)
+    storage.replace(path, MASTER.sign("manifest", values | {"carried": 1}))
+    history = read(str(tmp_path), TRUSTED)
+    assert "runs/night-4/manifest.json" in {finding.path for finding in history.findings}
+    assert "night-4" not in set(history.records["run_id"].to_pylist())
 
 
 def test_nothing_verified_is_said_in_every_output(out, master_file, tmp_path):
