@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 from fwm_audit import __version__
 from fwm_audit.errors import ErrorCode
-from fwm_audit.report import Report, State, advice, moved, printable, subject_id
+from fwm_audit.records import printable
+from fwm_audit.report import Report, State, advice, moved
 from fwm_audit.verdict import Verdict
 
 _SARIF_SCHEMA: Final = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -137,7 +138,8 @@ def _result(
                 "logicalLocations": [{"name": printable(row["model_id"]), "kind": "module"}],
             }
         ],
-        "partialFingerprints": {"checkpoint/v1": subject_id(row)},
+        # The same from run to run, so that a tool knows a finding again.
+        "partialFingerprints": {"checkpoint/v1": hashlib.sha256("\0".join(subject).encode()).hexdigest()[:16]},
         "baselineState": baseline,
         **({"provenance": {"firstDetectionTimeUtc": _utc(incident["first_tampered_at"])}} if incident else {}),
         "properties": {

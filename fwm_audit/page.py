@@ -21,7 +21,8 @@ import plotly.offline
 from markupsafe import Markup
 
 from fwm_audit import __version__
-from fwm_audit.report import Report, State, advice, moved, printable
+from fwm_audit.records import printable
+from fwm_audit.report import Report, State, advice, moved
 
 #: Rows of a list that stands in the page itself; the table of all checkpoints has every one of them.
 _ROOM: Final = 25

@@ -5,8 +5,9 @@ Nothing is computed here that the views do not say, so that whoever asks them by
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
@@ -17,6 +18,7 @@ import duckdb
 import pyarrow as pa
 
 from fwm_audit import storage
+from fwm_audit.catalog import check_model_id
 from fwm_audit.errors import ErrorCode, FwmError
 from fwm_audit.history import History
 from fwm_audit.key import MasterSecret, fingerprint, key_name
@@ -25,6 +27,7 @@ from fwm_audit.verdict import Displacement
 
 #: A complete run of longer ago says little about today.
 STALE: Final = timedelta(hours=48)
+_THREADS: Final = 16
 
 
 # Days are made from the epoch, as the plain cast would take the time zone of the machine, and DuckDB's own time zones
@@ -208,7 +211,9 @@ class Report:
 
     def read_sheets(self, keys: str, master: MasterSecret) -> None:
         """Open the sealed keys that checkpoints stand on now."""
-        self.sheets = [_sheet(keys, row, master) for row in self.rows("FROM keys ORDER BY model_id, key_id")]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            rows = self.rows("FROM keys ORDER BY model_id, key_id")
+            self.sheets = list(pool.map(lambda row: _sheet(keys, row, master), rows))
 
     def sheet(self, model_id: str, key_id: str) -> Sheet | None:
         """What a key says of itself, if that was read."""
@@ -262,7 +267,10 @@ def _sheet(keys: str, row: Mapping[str, Any], master: MasterSecret) -> Sheet:
     from fwm_audit.triggers import TriggerSet  # noqa: PLC0415 - torch takes seconds to import
 
     model_id, key_id = row["model_id"], row["key_id"]
+    if not re.fullmatch(r"[0-9a-f]{16}", key_id):
+        return Sheet(model_id=model_id, key_id=key_id, problem="no key has such an id")
     try:
+        check_model_id(model_id)  # it becomes part of a path
         sealed = storage.read(storage.join(keys, key_name(model_id, key_id)))
         triggers = TriggerSet.unseal(sealed, master)
     except FwmError as error:
@@ -366,18 +374,3 @@ def advice(row: Mapping[str, Any]) -> str:
         case _:
             said = _ADVICE.get(row["error_code"], "read the worker's log, and audit it again")
     return said
-
-
-def printable(text: object) -> str:
-    """One line without control characters: names in records are whatever somebody called a file."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-
-
-def short(text: str | None) -> str:
-    """The first digits of a digest."""
-    return (text or "")[:12]
-
-
-def subject_id(row: Mapping[str, Any]) -> str:
-    """A name for a checkpoint that stays the same from run to run: 16 hex digits."""
-    return hashlib.sha256(f"{row['model_id']}\0{row['uri']}".encode()).hexdigest()[:16]

@@ -25,7 +25,8 @@ from fwm_audit import exports, ledger, storage
 from fwm_audit.errors import UsageError
 from fwm_audit.history import read
 from fwm_audit.key import MASTER_COMMAND_VARIABLE, MASTER_KEY_VARIABLE, MasterSecret
-from fwm_audit.report import Report, Selection, State, printable, short
+from fwm_audit.records import printable
+from fwm_audit.report import Report, Selection, State
 from jobs import _cli
 
 _EXAMPLES = """\b
@@ -372,7 +373,7 @@ def _explain_checkpoint(say: Callable[..., None], row: dict[str, Any]) -> None:
         carried = " (carried forward)" if look["carried_from"] else ""
         say(
             _when(look["run_started_at"]),
-            f"{State(look['state']).words} {what} {short(look['sha256'])}{carried}".replace("  ", " "),
+            f"{State(look['state']).words} {what} {(look['sha256'] or '')[:12]}{carried}".replace("  ", " "),
             _COLOURS[State(look["state"])],
         )
     say("next", row["next"], "bold")

@@ -587,3 +587,24 @@ def test_parts_of_other_releases_are_read(tmp_path):
     assert history.records.schema.equals(SCHEMA)
     assert len(history.records) == 2
     assert [finding.path[-15:] for finding in history.findings] == ["c-000000.parquet"[-15:], "d-000000.parquet"[-15:]]
+
+
+def test_a_name_in_a_record_leads_nowhere_else(tmp_path):
+    """Whoever writes a record does not choose which files are read as keys."""
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / f"{'a' * 16}.fwmkey").write_bytes(b"FWMKEY secret")
+    looks = [
+        look("../elsewhere", "u", key_id="a" * 16),
+        look("m", "u", key_id="../../x"),
+        look("m", "v", key_id="b" * 16),
+    ]
+    night(str(tmp_path / "out"), "n", BEGIN, looks)
+    report = Report(read(str(tmp_path / "out"), TRUSTED))
+    report.read_sheets(str(tmp_path / "keys"), MASTER)
+    problems = [sheet.problem for sheet in report.sheets]
+    assert len(problems) == 3
+    assert "is not usable" in problems[0]
+    assert problems[1] == "no key has such an id"
+    assert "there is no" in problems[2]
+    assert "there is no" in render(report)
