@@ -299,9 +299,9 @@ def _places_for_torch(path: str) -> dict[str, tuple[int, int]]:
     """
     try:
         reader: Any = torch._C.PyTorchFileReader(path)  # noqa: SLF001 - there is no other way to ask it
-        return {
-            name: (reader.get_record_offset(name), reader.get_record_size(name)) for name in reader.get_all_records()
-        }
+        # PyTorch 2.11 tells no sizes: there a record has to be read.
+        size = getattr(reader, "get_record_size", lambda name: len(reader.get_record(name)))
+        return {name: (reader.get_record_offset(name), size(name)) for name in reader.get_all_records()}
     except Exception as error:
         _no_memory(error)
         raise _corrupt(error) from error

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 
 import pytest
 
 from tests import seaweed
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One of several processes: threads that wait for each other on cores that others use take many times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """In several processes (`-n 2`): one of them has all clusters, from the beginning, and a file stays together."""
+    clusters = {item.path for item in items if item.get_closest_marker("ray")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in clusters else item.path.name))
+    items.sort(key=lambda item: item.path not in clusters)
+
+
+def pytest_runtest_setup(item):
+    # Ray's workers are nice to others (15): what computes beside them has to be nicer, or their deadlines pass.
+    if "PYTEST_XDIST_WORKER" in os.environ and item.get_closest_marker("xdist_group").args != ("ray",):
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
 
 
 @pytest.fixture(scope="session")

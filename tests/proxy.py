@@ -56,6 +56,9 @@ class Proxy(socketserver.ThreadingTCPServer):
             self.seen.append(method)
             return self.script(method, number)
 
+    def passing(self, count: int) -> None:
+        """Called before so many bytes of an answer go on to the client."""
+
     def handle_error(self, *_: object) -> None:
         """Clients that go away in the middle are what this is for."""
 
@@ -89,6 +92,7 @@ class _Connection(socketserver.BaseRequestHandler):
                         return
                     if fault == "stall" and not sent:
                         time.sleep(STALL_S)
+                    self.server.passing(len(data))
                     self.request.sendall(data)
                     sent += len(data)
                     if fault in {"reset", "cut"} and sent > 100_000:

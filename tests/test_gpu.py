@@ -175,10 +175,12 @@ def test_one_model_that_does_not_fit_is_an_error_of_its_own(world):
     auditor = Auditor(settings(world), "w")
     entry = CatalogEntry(0, "conv", "released.safetensors", ARCH, published.key_id)
     assert auditor.audit(entry, shard=0, attempt=1).verdict == "intact"
+    arch = "factory:tests.nets:wide?hidden=4000"  # 25 MB in float64
+    save_file(build(arch, ["tests"]).state_dict(), world / "large.safetensors")
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / torch.cuda.mem_get_info()[1])
     try:
-        large = dataclasses.replace(entry, arch="factory:tests.nets:wide?hidden=4000")  # 25 MB in float64
+        large = dataclasses.replace(entry, uri="large.safetensors", arch=arch)
         record = auditor.audit(large, shard=0, attempt=1)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import boto3
 import pyarrow.parquet as pq
@@ -47,6 +47,7 @@ _EXAMPLES = """\b
 Examples:
   python -m tests.benchmarks.chaos_audit --out chaos-out
   python -m tests.benchmarks.chaos_audit --out chaos-out --audits 20 --seed 7
+  python -m tests.benchmarks.chaos_audit --out chaos-out --fields 8          # two cores each
 """
 
 PROCESSES = ("worker", "all workers", "node", "driver")
@@ -59,6 +60,8 @@ LARGE = "factory:tests.nets:wide?hidden=6000"
 TIMEOUT_S, LIMIT_S = 15, 240
 #: For a worker, where an object is to be too large, and the bytes of that.
 ROOM_GIB, TOO_LARGE = 0.25, 300_000_000
+#: And for one that takes all memory, beside other fields: what Ray's own monitor goes by is all that is held.
+EATEN_GIB = 3.0
 #: Intact and tampered copies of the small model.
 COPIES = 24
 #: Faults of the store on one object: a retry has to get through in the end.
@@ -75,10 +78,19 @@ def chaos_audit(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="A new folder for keys, objects and logs.")],
     audits: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the first audit; the next one has the next seed.")] = 0,
+    fields: Annotated[int, typer.Option(min=1, help="Stores and clusters beside each other.")] = 1,
+    crowded: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Audit under fire; exit code 1 if a record was lost, doubled or wrong, or an audit outlasted its limit."""
-    began, seen, wrong = time.monotonic(), Counter[str](), []
-    with battlefield(out) as field:
+    began = time.monotonic()
+    if fields > 1:
+        reports = _beside_each_other(out, audits, seed, min(fields, audits))
+        faults = sum((Counter(report["faults"]) for report in reports), Counter[str]())
+        wrong = [text for report in reports for text in report["wrong"]]
+        records = sum(report["records"] for report in reports)
+        _tell(audits, records, faults, began, wrong)
+    seen, wrong = Counter[str](), []
+    with battlefield(out, crowded=crowded) as field:
         for number in range(seed, seed + audits):
             told = field.audit(number)
             seen.update(told.faults)
@@ -86,10 +98,32 @@ def chaos_audit(
             after = time.monotonic() - began
             line = f"{after:6.0f} s  audit {number}: {', '.join(told.faults)}: {told.seconds:.0f} s"
             typer.echo("; ".join([line, *told.wrong]), err=True)
+    _tell(audits, audits * field.rows, seen, began, wrong)
+
+
+def _tell(audits: int, records: int, faults: Counter[str], began: float, wrong: list[str]) -> NoReturn:
     took = round(time.monotonic() - began)
-    report = {"audits": audits, "records": audits * field.rows, "faults": dict(seen), "seconds": took, "wrong": wrong}
+    report = {"audits": audits, "records": records, "faults": dict(faults), "seconds": took, "wrong": wrong}
     typer.echo(json.dumps(report))
     raise typer.Exit(1 if wrong else 0)
+
+
+def _beside_each_other(out: Path, audits: int, seed: int, fields: int) -> list[dict]:
+    """The reports of so many processes, each with a share of the audits."""
+    out.mkdir(parents=True, exist_ok=True)
+    processes = []
+    for number in range(fields):
+        first, last = (audits * each // fields for each in (number, number + 1))
+        command = [
+            *(sys.executable, "-m", "tests.benchmarks.chaos_audit", "--out", str(out / f"field-{number}")),
+            *("--seed", str(seed + first), "--audits", str(last - first), "--crowded"),
+        ]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE))
+        time.sleep(2)  # ports that are free now are taken when the next one looks
+    said = [process.communicate()[0].splitlines() for process in processes]
+    return [
+        json.loads(lines[-1]) if lines else {"faults": {}, "records": 0, "wrong": ["a field fell"]} for lines in said
+    ]
 
 
 @dataclass(frozen=True)
@@ -102,8 +136,11 @@ class Told:
 
 
 @contextlib.contextmanager
-def battlefield(out: Path) -> Iterator[Field]:
-    """A store, a proxy, keys, checkpoints and a cluster that sees the store through the proxy only."""
+def battlefield(out: Path, *, crowded: bool = False) -> Iterator[Field]:
+    """A store, a proxy, keys, checkpoints and a cluster that sees the store through the proxy only.
+
+    Beside others (`crowded`), a worker is held to its own memory, not to what the machine has left.
+    """
     out = out.absolute()
     (out / "s3").mkdir(parents=True)
     before = dict(os.environ)
@@ -112,13 +149,14 @@ def battlefield(out: Path) -> Iterator[Field]:
             os.environ.update(seaweed.environment(endpoint))
             os.environ["AWS_ENDPOINT_URL"] = store.endpoint
             os.environ["FWM_MASTER_KEY_FILE"] = str(out / "master.key")
-            # A model that takes all memory is to be stopped long before the machine is in need.
-            total, available = (_meminfo(name) for name in ("MemTotal", "MemAvailable"))
-            share = (total - available + (6 << 30)) / total
-            os.environ["RAY_memory_usage_threshold"] = f"{min(0.95, share):.2f}"  # noqa: SIM112 - Ray's own spelling
+            if not crowded:
+                # A model that takes all memory is to be stopped long before the machine is in need.
+                total, available = (_meminfo(name) for name in ("MemTotal", "MemAvailable"))
+                share = (total - available + (6 << 30)) / total
+                os.environ["RAY_memory_usage_threshold"] = f"{min(0.95, share):.2f}"  # noqa: SIM112 - Ray's spelling
             cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
             try:
-                yield Field(out, store, endpoint, cluster)
+                yield Field(out, store, endpoint, cluster, crowded=crowded)
             finally:
                 cluster.shutdown()
     finally:
@@ -156,8 +194,8 @@ class FaultyStore(Proxy):
 class Field:
     """The fleet, and how to audit it under fire."""
 
-    def __init__(self, out: Path, store: FaultyStore, endpoint: str, cluster: Cluster) -> None:
-        self.out, self.store, self.cluster = out, store, cluster
+    def __init__(self, out: Path, store: FaultyStore, endpoint: str, cluster: Cluster, *, crowded: bool) -> None:
+        self.out, self.store, self.cluster, self.crowded = out, store, cluster, crowded
         self.nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
         self.direct = boto3.client("s3", endpoint_url=endpoint)
         master = MasterSecret.generate_file(out / "master.key")
@@ -217,7 +255,8 @@ class Field:
         catalog, expected = self._catalog(seed, store, model)
         began, wrong, struck = time.monotonic(), [], process
         try:
-            code, struck = self._run(seed, catalog, process, draws, ROOM_GIB if model == "full" else None)
+            room = {"full": ROOM_GIB, "eat": EATEN_GIB if self.crowded else None}.get(model or "")
+            code, struck = self._run(seed, catalog, process, draws, room)
         except subprocess.TimeoutExpired:
             wrong.append(f"not finished after {LIMIT_S} s")
         else:

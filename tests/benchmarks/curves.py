@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -92,10 +93,7 @@ def _of_size(megabytes: int, out: Path) -> dict[str, float]:
         for entry in entries:
             bucket, _, key = entry.uri.removeprefix("s3://").partition("/")
             boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data)
-    seconds, records = _audit(entries, out, actors=1)
-    began = [record["audited_at"].timestamp() for record in records]
-    each = (max(began) - min(began)) / (len(records) - 1)
-    return {"bytes": entries[0].size_bytes, **stages_of(records), "each": each, "run": seconds}
+    return {"bytes": entries[0].size_bytes, **_audit(entries, out, actors=1)}
 
 
 def _of_workers(out: Path) -> list[dict[str, float]]:
@@ -105,11 +103,11 @@ def _of_workers(out: Path) -> list[dict[str, float]]:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": max(WORKERS)})
         os.environ["RAY_ADDRESS"] = cluster.address
         try:
-            seconds, records = _audit(entries, out, actors=actors)
+            measured = _audit(entries, out, actors=actors)
         finally:
             del os.environ["RAY_ADDRESS"]
             cluster.shutdown()
-        seen.append({"workers": actors, "models": len(entries), "seconds": seconds, **stages_of(records)})
+        seen.append({"workers": actors, **measured})
     return seen
 
 
@@ -139,10 +137,8 @@ def _requests(out: Path, endpoint: str) -> dict[str, object]:
     return {"models": len(entries), "workers": 2, "keys": 1, "counted": dict(sorted(counted.items()))}
 
 
-def _audit(
-    entries: Sequence[CatalogEntry], out: Path, *, actors: int, results: str | None = None
-) -> tuple[float, list[dict]]:
-    """Seconds of a `jobs.audit`, and its records where they are local."""
+def _audit(entries: Sequence[CatalogEntry], out: Path, *, actors: int, results: str | None = None) -> dict[str, float]:
+    """Seconds of a `jobs.audit` and, where its records are local, of its stages."""
     catalog = out / "catalog.parquet"
     catalog.write_bytes(write_catalog(entries, catalog.name))
     local = out / f"results-{time.time_ns()}"
@@ -150,13 +146,14 @@ def _audit(
         *(sys.executable, "-m", "jobs.audit", "--catalog", str(catalog), "--keys", str(out / "keys")),
         *("--out", results or str(local), "--allow-factory", "tests", "--actors", str(actors)),
     ]
-    began = time.monotonic()
+    began = datetime.now(UTC)
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    seconds = time.monotonic() - began
+    seconds = (datetime.now(UTC) - began).total_seconds()
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["complete"], said
     assert not said["error"], said
-    return seconds, [] if results else pq.read_table(local / "audits").to_pylist()
+    seen = {} if results else stages_of(pq.read_table(local / "audits").to_pylist(), began)
+    return {"models": len(entries), "run": seconds, **seen}
 
 
 def plot(report: dict, path: Path) -> None:
@@ -173,7 +170,7 @@ def plot(report: dict, path: Path) -> None:
         sizes.loglog([p["bytes"] / 1e6 for p in report["bytes"]], values, "o-", label=label)
     sizes.set(xlabel="checkpoint, MB", ylabel="seconds", title="perceptrons, one worker")
     sizes.legend()
-    rates = [p["models"] / p["seconds"] for p in report["workers"]]
+    rates = [p["models"] / p["run"] for p in report["workers"]]
     workers.plot([p["workers"] for p in report["workers"]], rates, "o-")
     workers.set(
         xlabel=f"workers ({report['cores']} cores)", ylabel="models/s, start included", title="EfficientNet-Lite0",

@@ -2,9 +2,9 @@
 
 `curves.py` and `speed.py` give the costs. What is simulated: workers that start together, one driver that hands
 out one model at a time and takes a while for each record, stages of a model (its file is fetched while the one
-before is verified, if it is small), a key that each worker opens once, workers replaced after a thousand models, a
-store with a limited rate. The same simulation is held against what was measured on one machine, and the command
-fails where it is off by more than a quarter.
+before is verified, if it is small), what each worker does once for each class (imports, a key, a skeleton), workers
+replaced after so many models, a store with a limited rate. The same simulation is held against what was measured
+on one machine, and the command fails where it is off by more than a quarter.
 
 Assumptions of what was not measured are options: what a GPU is worth in cores, what a node's network and the store
 give, and prices. A run is divided among several catalogs, each with a driver of its own, where one driver would
@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -41,12 +41,16 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @dataclass(frozen=True)
 class Work:
-    """Models of one class: bytes of each, seconds of its fetch on a store that is not busy, and of the rest."""
+    """Models of one class: bytes of each, seconds of its fetch on a store that is not busy, and of the rest.
+
+    `once_s` are the seconds that a worker takes before its first model of the class.
+    """
 
     count: int
     bytes: int
     fetch_s: float
     compute_s: float
+    once_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,12 @@ class Cluster:
     """Workers, and what they have in common.
 
     Attributes:
-        start_s: Until the first worker is ready.
+        start_s: Until the workers are ready.
         driver_s: Of the driver for one record.
         call_s: Between a worker's answer and its next model, beside that.
-        worker_start_s: Of a worker that takes the place of one that has had its thousand models.
+        worker_start_s: Of a worker that takes the place of one that has had its share of models.
         store_bytes_s: Rate at which the store gives to all workers together.
+        end_s: After the last record.
     """
 
     workers: int
@@ -67,6 +72,7 @@ class Cluster:
     call_s: float
     worker_start_s: float
     store_bytes_s: float
+    end_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,27 +87,32 @@ class Outcome:
 
 def simulate(works: Sequence[Work], cluster: Cluster) -> Outcome:
     """A run over all works, the largest first, as the dispatcher does it."""
-    free = [(cluster.start_s, 0) for _ in range(cluster.workers)]
+    free = [(cluster.start_s, 0, -1) for _ in range(cluster.workers)]
     driver = link = cluster.start_s
     busy = end = 0.0
-    for work in sorted(works, key=lambda work: -work.bytes):
+    for number, work in enumerate(sorted(works, key=lambda work: -work.bytes)):
         ahead = work.bytes <= _AHEAD_BYTES
         on_link = work.bytes / cluster.store_bytes_s
         for _ in range(work.count):
-            ready, served = free[0]
+            ready, served, known = free[0]
             driver = max(driver, ready) + cluster.driver_s
             link = max(link, driver) + on_link  # the store is a queue of its own
-            fetched = max(driver + work.fetch_s, link)
             # What is fetched ahead was asked for while the model before was in work.
-            fetch = fetched - driver
+            fetch = max(driver + work.fetch_s, link) - driver
             took = cluster.call_s + (max(fetch, work.compute_s) if ahead else fetch + work.compute_s)
+            took += work.once_s if known != number else 0.0
             busy, end = busy + took, max(end, driver + took)
-            again = driver + took + (cluster.worker_start_s if served + 1 == fleet._MODELS_PER_ACTOR else 0.0)
-            heapq.heapreplace(free, (again, (served + 1) % fleet._MODELS_PER_ACTOR))
+            if served + 1 == fleet._MODELS_PER_ACTOR:
+                heapq.heapreplace(free, (driver + took + cluster.worker_start_s, 0, -1))
+            else:
+                heapq.heapreplace(free, (driver + took, served + 1, number))
     count, total = sum(work.count for work in works), sum(work.count * work.bytes for work in works)
     spent = max(end - cluster.start_s, 1e-9)
     return Outcome(
-        end, cluster.driver_s * count / spent, busy / spent / cluster.workers, total / cluster.store_bytes_s / spent
+        end + cluster.end_s,
+        cluster.driver_s * count / spent,
+        busy / spent / cluster.workers,
+        total / cluster.store_bytes_s / spent,
     )
 
 
@@ -125,44 +136,74 @@ _GETS_OF_A_RUN, _PUTS_OF_A_RUN = 5, 7
 def costs(curves: dict, workers: int) -> Cluster:
     """A cluster like the measured machine, its driver's cost from the fleet of 10,000 models of no work."""
     point = min(curves["rows"], key=lambda point: abs(point["rows"] - 10_000))
-    small = min(curves["rows"], key=lambda point: point["rows"])
+    without = min(curves["rows"], key=lambda point: point["rows"])
     one = min(curves["bytes"], key=lambda point: point["bytes"])
     # The file of a small model is fetched by a thread of the same process: its core does both.
     call = max(0.0, one["each"] - max(one["fetch"], one["load"] + one["verify"]) - 1 / point["rate"])
-    return Cluster(workers, small["first_s"], 1 / point["rate"], call, 2.0, math.inf)
+    start = one["first"] - _stages(one)
+    # Idle workers import no PyTorch: the rest is Ray's.
+    return Cluster(workers, start, 1 / point["rate"], call, max(0.0, start - without["first_s"]), math.inf, _end(one))
 
 
 def points(curves: dict, speed: Sequence[dict]) -> list[tuple[str, float, float]]:
     """What was measured on one machine: its name, seconds measured, and seconds simulated from other runs' costs."""
-    seen = []
     here = costs(curves, curves["cores"])
+    return [*_of_rows(curves, here), *_of_sizes(curves, here), *_of_workers(curves, here), *_of_classes(speed, here)]
+
+
+def _of_rows(curves: dict, here: Cluster) -> Iterator[tuple[str, float, float]]:
     by_rows = sorted(curves["rows"], key=lambda point: point["rows"])
-    a_row = (by_rows[-1]["first_s"] - by_rows[0]["first_s"]) / (by_rows[-1]["rows"] - by_rows[0]["rows"])
+    first = by_rows[0]
+    a_row = (by_rows[-1]["first_s"] - first["first_s"]) / (by_rows[-1]["rows"] - first["rows"])
     for point in by_rows:
-        cluster = replace(here, call_s=0.0, start_s=here.start_s + a_row * point["rows"])
-        outcome = simulate([Work(point["rows"], 0, 0.0, 0.0)], cluster)
-        measured = point["first_s"] + (point["rows"] - 1) / point["rate"]
-        seen.append((f"{point['rows']} rows of no work", measured, outcome.seconds))
-    alone = curves["workers"][0]
-    work = Work(int(alone["models"]), 18_000_000, alone["fetch"], alone["load"] + alone["verify"])
-    for point in curves["workers"][1:]:
-        # More workers than cores take turns.
-        share = max(1.0, point["workers"] / curves["cores"])
-        shared = replace(work, fetch_s=work.fetch_s * share, compute_s=work.compute_s * share)
-        outcome = simulate([shared], replace(here, workers=int(point["workers"])))
-        seen.append(
-            (f"{point['models']} EfficientNet-Lite0, {point['workers']} workers", point["seconds"], outcome.seconds)
+        start = first["first_s"] + a_row * point["rows"]
+        outcome = simulate([Work(point["rows"], 0, 0.0, 0.0)], replace(here, call_s=0.0, start_s=start, end_s=0.0))
+        yield (
+            f"{point['rows']} rows of no work",
+            point["first_s"] + (point["rows"] - 1) / point["rate"],
+            outcome.seconds,
         )
+
+
+def _of_sizes(curves: dict, here: Cluster) -> Iterator[tuple[str, float, float]]:
+    for point in curves["bytes"]:
+        work = Work(point["models"], point["bytes"], point["fetch"], point["load"] + point["verify"])
+        name = f"{point['models']} of {point['bytes'] / 1e6:.0f} MB, 1 worker"
+        yield name, point["run"], simulate([work], replace(here, workers=1)).seconds
+
+
+def _of_workers(curves: dict, here: Cluster) -> Iterator[tuple[str, float, float]]:
+    """From the costs of one worker: more of them than cores take turns, at their start, too."""
+    alone = curves["workers"][0]
+    for point in curves["workers"]:
+        share = max(1.0, point["workers"] / curves["cores"])
+        work = Work(alone["models"], 18_000_000, alone["fetch"] * share, (alone["load"] + alone["verify"]) * share)
+        start = (alone["first"] - _stages(alone)) * share
+        cluster = replace(here, workers=point["workers"], start_s=start, end_s=_end(alone))
+        name = f"{point['models']} EfficientNet-Lite0, {point['workers']} workers"
+        yield name, point["run"], simulate([work], cluster).seconds
+
+
+def _of_classes(speed: Sequence[dict], here: Cluster) -> Iterator[tuple[str, float, float]]:
     for row in speed:
-        if row["class"] == "all":
-            works = [_work(one) for one in speed if one["class"] != "all"]
-            seen.append((f"mixed fleet of {row['models']}", row["seconds"]["fwm-audit"], simulate(works, here).seconds))
-    return seen
+        works = [_work(one, here) for one in speed if row["class"] in (one["class"], "all") and one["class"] != "all"]
+        name = f"{row['models']} of the class {row['class']!r}"
+        yield name, row["seconds"]["fwm-audit"], simulate(works, here).seconds
 
 
-def _work(row: dict) -> Work:
+def _work(row: dict, here: Cluster) -> Work:
     stages = row["stages_s"]
-    return Work(row["models"], row["bytes"] // row["models"], stages["fetch"], stages["load"] + stages["verify"])
+    once = max(0.0, stages["first"] - _stages(stages) - here.start_s)
+    count = row["models"]
+    return Work(count, row["bytes"] // count, stages["fetch"], stages["load"] + stages["verify"], once)
+
+
+def _stages(point: dict) -> float:
+    return point["fetch"] + point["load"] + point["verify"]
+
+
+def _end(point: dict) -> float:
+    return max(0.0, point["run"] - point["first"] - point["each"] * (point["models"] - 1))
 
 
 # --------------------------------------------------------------------------------------------- and larger ones
@@ -213,7 +254,7 @@ def fleets(
             for workers, gpus in ((16, False), (1000, False), (8, True), (1000, True)):
                 if workers > models or (models > 100_000) != (workers == 1000):
                     continue
-                work = _work(row)
+                work = _work(row, here)
                 compute = work.compute_s / gpu_cores if gpus else work.compute_s
                 work = replace(work, count=models, compute_s=compute, fetch_s=work.bytes / network)
                 lines.append(

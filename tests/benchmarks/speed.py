@@ -5,11 +5,15 @@ ones (EfficientNet-Lite0, 18 MB) and large ones (a perceptron of 500 MB). Each c
 together, is audited by `jobs.audit` and by each of `peers.py`, every one a new process; one in ten copies of
 a class is edited, and who does not see exactly those is left out of the comparison. The limit is the larger of
 bytes over the raw rate of GETs and forward passes over the best rate of float64 passes, both measured here.
+
+On one machine the store takes its part of the same cores, and its bytes come faster than they can be hashed: `--link`
+puts a link of a limited rate between them, as a network is.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -23,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -39,11 +44,14 @@ from fwm_audit.key import key_name
 from fwm_audit.verification import run
 from tests import seaweed
 from tests.benchmarks import networks
+from tests.proxy import Proxy
 
 _EXAMPLES = """\b
 Examples:
   python -m tests.benchmarks.speed --out speed-out
   python -m tests.benchmarks.speed --out speed-out --small 2000 --medium 50 --large 5
+  python -m tests.benchmarks.speed --out speed-out --small 0 --medium 200 --large 0 --alone
+  python -m tests.benchmarks.speed --out speed-out --small 0 --medium 0 --large 10 --alone --link 125
 
 \b
 `pip install model-signing==1.1.1 pyopenssl` adds the row of digests only. The keys are kept in FOLDER.
@@ -71,6 +79,8 @@ def speed(
     medium: Annotated[int, typer.Option(min=0, help="Checkpoints of 18 MB.")] = 10,
     large: Annotated[int, typer.Option(min=0, help="Checkpoints of 500 MB.")] = 2,
     pairs: Annotated[int, typer.Option(min=1, help="Mirrored pairs of each key.")] = 16,
+    alone: Annotated[bool, typer.Option("--alone", help="Without the others: the share of the limit only.")] = False,
+    link: Annotated[float | None, typer.Option(metavar="MB/S", min=1.0, help="All that the store can send.")] = None,
 ) -> None:
     """Print models/s and ratios of each class and of all together; FOLDER/speed.json has them too."""
     out.mkdir(parents=True, exist_ok=True)
@@ -84,20 +94,22 @@ def speed(
     if not (out / "master.key").exists():
         MasterSecret.generate_file(out / "master.key")
     os.environ["FWM_MASTER_KEY_FILE"] = str(out / "master.key")
-    rows = []
+    rows, passes = [], {}
     (out / "s3").mkdir(exist_ok=True)
-    with seaweed.serve(out / "s3") as endpoint:
+    with contextlib.ExitStack() as stack:
+        endpoint = stack.enter_context(seaweed.serve(out / "s3"))
         os.environ |= seaweed.environment(endpoint)
-        limits = {}
         for kind in classes:
-            entries, passes = released_fleet(kind, out, pairs)
-            limits[kind.name] = _limit(entries, passes)
+            entries, passes[kind.name] = released_fleet(kind, out, pairs)
             rows.append((kind.name, entries))
+        if link is not None:
+            os.environ["AWS_ENDPOINT_URL"] = stack.enter_context(_Link(endpoint, link * 1e6)).endpoint
+        limits = {name: _limit(entries, passes[name]) for name, entries in rows}
         if len(classes) > 1:
             every = [entry for _, entries in rows for entry in entries]
             rows.append(("all", every))
             limits["all"] = {name: sum(limit[name] for limit in limits.values()) for name in ("bytes_s", "passes_s")}
-        report = [_compare(name, entries, limits[name], out) for name, entries in rows]
+        report = [_compare(name, entries, limits[name], out, () if alone else PEERS) for name, entries in rows]
     (out / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
     for line in _lines(report):
         typer.echo(line)
@@ -205,7 +217,9 @@ def _passes(what: dict[str, object], threads: int = 1, seconds: float = 4.0) -> 
 # ----------------------------------------------------------------------------------------- who runs beside whom
 
 
-def _compare(name: str, entries: list[CatalogEntry], limit: dict[str, float], out: Path) -> dict[str, object]:
+def _compare(
+    name: str, entries: list[CatalogEntry], limit: dict[str, float], out: Path, peers: Sequence[str]
+) -> dict[str, object]:
     entries = [
         CatalogEntry(row, e.model_id, e.uri, e.arch, e.key_id, e.sha256, e.size_bytes) for row, e in enumerate(entries)
     ]
@@ -222,7 +236,7 @@ def _compare(name: str, entries: list[CatalogEntry], limit: dict[str, float], ou
         *("--out", str(results / "audit"), "--allow-factory", "tests"),
     ]
     runs = {"fwm-audit": audit}
-    for peer in PEERS:
+    for peer in peers:
         if peer == "hash" and importlib.util.find_spec("model_signing") is None:
             continue
         module = (sys.executable, "-m", "tests.benchmarks.peers", peer)
@@ -230,10 +244,10 @@ def _compare(name: str, entries: list[CatalogEntry], limit: dict[str, float], ou
     memory, stages = 0, {}
     for who, command in runs.items():
         typer.echo(f"{name}: {who}", err=True)
-        began = time.monotonic()
+        began = datetime.now(UTC)
         with (results / f"{who}.log").open("wb") as log, _Watch("ray::AuditWorker") as watch:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, check=False)
-        took = time.monotonic() - began
+        took = (datetime.now(UTC) - began).total_seconds()
         said = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
         seen = said.get("verdicts", said)
         if {verdict: seen.get(verdict, 0) for verdict in expected} != dict(expected):
@@ -242,7 +256,7 @@ def _compare(name: str, entries: list[CatalogEntry], limit: dict[str, float], ou
         seconds[who] = took
         if who == "fwm-audit":
             memory = watch.peak
-            stages = stages_of(pq.read_table(results / "audit" / "audits").to_pylist())
+            stages = stages_of(pq.read_table(results / "audit" / "audits").to_pylist(), began)
     return {
         "class": name,
         "models": len(entries),
@@ -255,11 +269,16 @@ def _compare(name: str, entries: list[CatalogEntry], limit: dict[str, float], ou
     }
 
 
-def stages_of(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Median seconds of each stage of an audit."""
+def stages_of(records: Sequence[dict[str, Any]], began: datetime) -> dict[str, float]:
+    """Median seconds of each stage of an audit; seconds to its first record, and from then on for each other one."""
+    times = sorted(record["audited_at"] for record in records)
     return {
-        name: statistics.median(record[f"{name}_ms"] for record in records) / 1e3
-        for name in ("fetch", "load", "verify")
+        "first": (times[0] - began).total_seconds(),
+        "each": (times[-1] - times[0]).total_seconds() / (len(times) - 1),
+        **{
+            name: statistics.median(record[f"{name}_ms"] for record in records) / 1e3
+            for name in ("fetch", "load", "verify")
+        },
     }
 
 
@@ -279,6 +298,24 @@ def _lines(report: list[dict[str, object]]) -> list[str]:
         ]
     peak = {row["class"]: row["worker_peak_bytes"] >> 20 for row in report}
     return [*lines, f"peak memory of a worker, MiB: {peak}"]
+
+
+class _Link(Proxy):
+    """Sends so many bytes in a second to all its clients together."""
+
+    def __init__(self, upstream: str, rate: float) -> None:
+        super().__init__(upstream)
+        self._rate, self._free = rate, 0.0
+
+    def fault(self, method: str, path: str) -> None:
+        """None; and nothing is kept of what was asked."""
+
+    def passing(self, count: int) -> None:
+        with self.lock:
+            now = time.monotonic()
+            self._free = max(self._free, now) + count / self._rate
+            wait = self._free - now
+        time.sleep(wait)
 
 
 class _Watch:
