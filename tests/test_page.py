@@ -236,8 +236,9 @@ def test_a_large_fleet_is_paged_and_quick(chromium, tmp_path):
     """The benchmark with 3,000 records: the whole table is there, a hundred rows at a time."""
     seen = pages.measured(chromium, tmp_path / "fleet", 3000, 1)
     assert seen["mb"] < 3
-    assert seen["table_s"] < 2
-    assert seen["charts_s"] < 8  # of which most is the charts' library; other work may share the machine
+    # A tenth of each where nothing else computes, see the benchmark; here, other tests may.
+    assert seen["table_s"] < 5
+    assert seen["charts_s"] < 20
     said = []
     page = opened(chromium, tmp_path / "fleet" / "report.html", said)
     assert len(rows_of(page)) == 100

@@ -38,7 +38,8 @@ def pages(
 ) -> None:
     """Print seconds and megabytes for fleets of several sizes and shapes."""
     typer.echo(
-        "| records | nights | read and verified, s | page written, all in all, s | page, MB | table, s | charts, s | search, s | sort, s |"
+        "| records | nights | read and verified, s | page written, all in all, s | page, MB | table, s | charts, s | "
+        "search, s | sort, s |"
     )
     typer.echo("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name, browser() as started:
