@@ -16,7 +16,8 @@ from fwm_audit.report import Report, State, advice, moved
 from fwm_audit.verdict import Verdict
 
 _SARIF_SCHEMA: Final = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
-_HOME: Final = "https://pypi.org/project/fwm-audit/"
+#: Who says so, and by which rule; which key is in the envelope.
+_VERIFIER, _POLICY_NAME = "urn:fwm-audit:report", "urn:fwm-audit:policy:intact"
 #: What a statement's `PASSED` says; levels that begin with SLSA_ are SLSA's own.
 _LEVEL: Final = "FWM_AUDIT_INTACT"
 _POLICY: Final = "every checkpoint of the model that the last complete run listed, or a later one met, is intact"
@@ -68,7 +69,6 @@ def sarif(report: Report, verdicts: Iterable[State] = ()) -> dict[str, Any]:
                     "driver": {
                         "name": "fwm-audit",
                         "version": __version__,
-                        "informationUri": _HOME,
                         "rules": [_rule(rule) for rule in ids],
                     }
                 },
@@ -210,12 +210,12 @@ def _statement(
         "subject": subjects,
         "predicateType": "https://slsa.dev/verification_summary/v1",
         "predicate": {
-            "verifier": {"id": _HOME, "version": {"fwm-audit": __version__}},
+            "verifier": {"id": _VERIFIER, "version": {"fwm-audit": __version__}},
             # The oldest look: later than that, nothing is known of some checkpoint.
             "timeVerified": _utc(min(looked)),
             "resourceUri": f"urn:fwm-audit:model:{quote(model_id, safe='')}",
             "policy": {
-                "uri": f"{_HOME}#{quote(_POLICY)}",
+                "uri": _POLICY_NAME,
                 "digest": {"sha256": hashlib.sha256(_POLICY.encode()).hexdigest()},
             },
             "inputAttestations": [
