@@ -20,7 +20,9 @@ _SARIF_SCHEMA: Final = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/
 _VERIFIER, _POLICY_NAME = "urn:fwm-audit:report", "urn:fwm-audit:policy:intact"
 #: What a statement's `PASSED` says; levels that begin with SLSA_ are SLSA's own.
 _LEVEL: Final = "FWM_AUDIT_INTACT"
-_POLICY: Final = "every checkpoint of the model that the last complete run listed, or a later one met, is intact"
+_POLICY: Final = (
+    "every checkpoint of the model that any run listed was looked at since the last complete run began, and is intact"
+)
 PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"
 
 
