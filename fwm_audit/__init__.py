@@ -35,11 +35,17 @@ The data flow, and the modules in the order in which it passes them:
         ledger         runs in their order, signed, and verified
         compaction     many small parts -> one file for each day
 
+    report       the records of many runs -> what people and other tools want to see
+        history        stored runs -> one table, with who vouches for it
+        report         views.sql over a selection of it, keys' datasheets, advice
+        page           one HTML page that needs nothing else
+        exports        JSON, SARIF, verification summaries
+
     errors       every finding, with its stable code
 
 A module imports only from its own row or one above: pure (errors, key, catalog, verdict, records, task,
 confinement), torch (triggers to verification, architectures, weights), io (storage, checkpoint, compaction, ledger,
-commitment), check, Ray (fleet, releases, train).
+commitment, history, report, page, exports), check, Ray (fleet, releases, train).
 """
 
 from __future__ import annotations

@@ -17,9 +17,11 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
+
+import pyarrow as pa
 
 from fwm_audit import storage
 from fwm_audit.commitment import committed_at
@@ -52,6 +54,15 @@ class Finding:
 
     path: str
     problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What stood up to the verification: tables of parts by path, runs by id, and the SHA-256 of their manifests."""
+
+    tables: dict[str, pa.Table] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
+    manifests: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +132,14 @@ def append(
     )
 
 
-def verify(out: str, public_keys: Collection[str], *, head: str | None = None, keys: str | None = None) -> Verified:
+def verify(
+    out: str,
+    public_keys: Collection[str],
+    *,
+    head: str | None = None,
+    keys: str | None = None,
+    kept: Kept | None = None,
+) -> Verified:
     """Hold everything that finished runs wrote against the ledger.
 
     Args:
@@ -129,6 +147,7 @@ def verify(out: str, public_keys: Collection[str], *, head: str | None = None, k
         public_keys: Trusted signers, `MasterSecret.public_key` of the present master secret and of earlier ones.
         head: SHA-256 of an entry that has to be there, as an audit printed it.
         keys: Where the sealed keys lie: whether each was committed to before the runs that used it.
+        kept: Gets the tables and runs that verified, for who wants to look at them.
 
     Raises:
         StorageError: The store cannot be listed.
@@ -136,7 +155,7 @@ def verify(out: str, public_keys: Collection[str], *, head: str | None = None, k
     prefix = storage.absolute(out).rstrip("/") + "/"
     sizes = {item.uri.removeprefix(prefix): item.size for item in storage.listing(prefix.rstrip("/"))}
     names = sizes.keys()
-    book = _Book(prefix, public_keys, sizes)
+    book = _Book(prefix, public_keys, sizes, kept)
     entries = book.entries()
     if head is not None and head not in {entry.sha256 for entry in entries}:
         book.found(
@@ -145,8 +164,9 @@ def verify(out: str, public_keys: Collection[str], *, head: str | None = None, k
     manifests: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
         manifests[entry.run_id].add(entry.manifest_sha256)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        seen = list(pool.map(lambda run: book.run(run, manifests[run]), sorted(manifests)))
+    # Two pools, as a run waits for its parts.
+    with ThreadPoolExecutor(_THREADS) as runs, ThreadPoolExecutor(_THREADS) as parts:
+        seen = list(runs.map(lambda run: book.run(run, manifests[run], parts), sorted(manifests)))
     if keys is not None:
         book.commitments(storage.absolute(keys))
     known = {path for paths, _ in seen for path in paths}
@@ -178,8 +198,10 @@ class _Entry:
 class _Book:
     """What is found while an output is read."""
 
-    def __init__(self, prefix: str, public_keys: Collection[str], sizes: Mapping[str, int]) -> None:
-        self.prefix, self.public_keys, self.sizes = prefix, public_keys, sizes
+    def __init__(
+        self, prefix: str, public_keys: Collection[str], sizes: Mapping[str, int], kept: Kept | None = None
+    ) -> None:
+        self.prefix, self.public_keys, self.sizes, self.kept = prefix, public_keys, sizes, kept
         self.findings: list[Finding] = []
         self.runs: list[Run] = []
 
@@ -213,50 +235,65 @@ class _Book:
             entries.append(_Entry(number, before, str(values.get("run_id")), str(values.get("manifest_sha256"))))
         return entries
 
-    def run(self, run_id: str, digests: set[str]) -> tuple[set[str], int]:
+    def run(self, run_id: str, digests: set[str], pool: ThreadPoolExecutor) -> tuple[set[str], int]:
         """Paths that belong to a run, present or not, and the rows of its parts."""
         manifest, description = run_path(run_id, "manifest.json"), run_path(run_id, "run.json")
         paths = {manifest, description}
         data = self.read(manifest)
         if data is None:
             return paths, 0
-        if digests != {hashlib.sha256(data).hexdigest()}:
+        digest = hashlib.sha256(data).hexdigest()
+        if not (entered := digests == {digest}):
             self.found(manifest, "is not the manifest that the ledger has entered")
         values = self.signed(manifest, MANIFEST, data)
         if values is None:
             return paths, 0
-        rows = 0
         try:
             files = [(description, values["run_sha256"]), *((file["path"], file["sha256"]) for file in values["files"])]
         except (KeyError, TypeError):
             self.found(manifest, "is signed, but describes no run")
             return paths, 0
-        for path, digest in files:
-            paths.add(path)
-            content = self.read(path)
-            if content is None:
-                continue
-            if hashlib.sha256(content).hexdigest() != digest:
-                self.found(path, f"was changed after run {run_id} wrote it")
-            elif path != description:
-                rows += from_parquet(content).num_rows
-            else:
-                with contextlib.suppress(UsageError):
-                    self.runs.append(Run.from_json(content))
-        return paths, rows
+        paths |= {path for path, _ in files}
+        if self.kept is not None and entered:
+            self.kept.manifests[run_id] = digest
+        kept = self.kept if entered else None
+        return paths, sum(pool.map(lambda item: self.file(run_id, item[0], item[1], kept), files))
+
+    def file(self, run_id: str, path: str, digest: str, kept: Kept | None) -> int:
+        """Rows of a part of a run; none of its description."""
+        content = self.read(path)
+        if content is None:
+            return 0
+        if hashlib.sha256(content).hexdigest() != digest:
+            self.found(path, f"was changed after run {run_id} wrote it")
+            return 0
+        if path == run_path(run_id, "run.json"):
+            with contextlib.suppress(UsageError):
+                self.runs.append(described := Run.from_json(content))
+                if kept is not None:
+                    kept.runs[run_id] = described
+            return 0
+        table = from_parquet(content)
+        if kept is not None:
+            kept.tables[path] = table
+        return int(table.num_rows)
 
     def unfinished(self, run_id: str) -> None:
         """A run in work has a signed description, and what it has written so far is signed, too."""
         description = run_path(run_id, "run.json")
         described = self.read(description)
-        self.signed(description, RUN, described)
+        if self.signed(description, RUN, described) is not None and self.kept is not None:
+            with contextlib.suppress(UsageError):
+                self.kept.runs[run_id] = Run.from_json(described or b"")
         digest = hashlib.sha256(described or b"").hexdigest()
         for path in self.sizes:
             if (part := _PART.fullmatch(path)) is not None and part[1] == run_id:
                 data = self.read(path)
                 try:
                     if data is not None:
-                        signed_part(data, path, digest, self.public_keys)
+                        table = signed_part(data, path, digest, self.public_keys)
+                        if self.kept is not None:
+                            self.kept.tables[path] = table
                 except ValueError as error:
                     self.found(path, str(error))
 

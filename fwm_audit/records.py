@@ -208,7 +208,7 @@ def error_record(
         "verdict": Verdict.ERROR,
         "displacement": Displacement.UNKNOWN,
         "error_code": error.code.value,
-        "error_message": _printable(error.message),
+        "error_message": printable(error.message)[:_MESSAGE_LENGTH],
     }
     return make_record(settings, entry, shard=shard, attempt=attempt, worker=worker, **facts)
 
@@ -221,9 +221,9 @@ def versions() -> str:
     return json.dumps({"fwm-audit": __version__} | others)
 
 
-def _printable(text: str) -> str:
-    """One line without control characters: names inside a hostile file end up in error messages."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:_MESSAGE_LENGTH]
+def printable(text: object) -> str:
+    """One line without control characters: names and messages are whatever somebody called a file, or put into it."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 def to_parquet(records: Sequence[AuditRecord], name: str = "", run_sha256: str = "", sign: Sign | None = None) -> bytes:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 import duckdb
 import fsspec
@@ -21,6 +25,8 @@ from fwm_audit import storage
 from fwm_audit.architectures import build
 from fwm_audit.key import MasterSecret
 from fwm_audit.records import SCHEMA
+from fwm_audit.triggers import TriggerSet
+from tests import company
 
 ARCH = "factory:tests.nets:convnet"
 
@@ -111,6 +117,7 @@ def test_embed_catalog_and_audit_on_s3(s3, secret):
     assert len(before) == 4
 
     _cannot_be_changed_unseen(s3, summary, environment)
+    _reported_without_a_secret(s3, TriggerSet.unseal(key, MasterSecret.from_file(secret)), environment)
 
     code, again, said = job(*audit, environment=environment)
     assert (code, again["intact"], again["tampered"], again["error"]) == (1, 3, 1, 4), said
@@ -131,6 +138,33 @@ def test_embed_catalog_and_audit_on_s3(s3, secret):
     night = ["second-night" if argument == "night" else argument for argument in audit]
     code, second, said = job(*night, "--incremental", environment=environment)
     assert (code, second["carried"], second["intact"], second["tampered"], second["error"]) == (1, 2, 2, 2, 4), said
+
+
+def _reported_without_a_secret(s3, triggers, environment):
+    """All that reports can say of a real run, read from S3 and written there, and nothing that must not be said."""
+    command = ("jobs.report", "--audits", f"{s3}/out", "--keys", f"{s3}/keys", "--fail-on", "tampered")
+    code, closing, said = job(
+        *(*command, "--explain", "team/conv", "--html", f"{s3}/www/report.html", "--attestations", f"{s3}/attested"),
+        environment=environment,
+    )
+    assert (code, closing["state"], closing["verified"]) == (1, "tampered", True), said
+    assert f"covers            {triggers.coverage.total:.1%} of the parameters, 4 pairs" in said
+    assert f"digest before     {triggers.checkpoint_sha256}" in said
+    assert "of 8: one bit, mantissa" in said
+    page = storage.read(f"{s3}/www/report.html").decode()
+    assert f'<data value="{triggers.coverage.total!r}">' in page
+    packed = re.findall(r'type="application/octet-stream"[^>]*>([^<]+)<', page)
+    (envelope,) = [storage.read(item.uri) for item in storage.listing(f"{s3}/attested")]
+    statement = base64.b64decode(json.loads(envelope)["payload"])
+    assert json.loads(statement)["predicate"]["verificationResult"] == "FAILED"
+    code, document, more = job(*command, "--format", "json", environment=environment)
+    assert (code, document["verified"], document["fleet"]["tampered"]) == (1, True, 1)
+    everything = [said.encode(), page.encode(), more.encode(), envelope, statement]
+    everything += [gzip.decompress(base64.b64decode(text)) for text in packed]
+    assert len(everything) == 7
+    marks = dict(company._marks_of_secret(Path(environment["FWM_MASTER_KEY_FILE"]).read_text().strip()))
+    marks |= dict(company._marks(triggers, "team/conv"))
+    assert [mark for mark, plain in marks.items() for output in everything if plain in output] == []
 
 
 def _cannot_be_changed_unseen(s3, summary, environment):
@@ -248,7 +282,7 @@ def test_a_run_storage_that_refuses_writes_is_told_before_anything_is_computed(s
         assert storage.listing(f"{s3}/train") == []
 
 
-@pytest.mark.parametrize("name", ["embed", "audit", "catalog", "compact"])
+@pytest.mark.parametrize("name", ["embed", "audit", "catalog", "compact", "report"])
 def test_help_shows_examples(name):
     done = subprocess.run([sys.executable, "-m", f"jobs.{name}", "--help"], capture_output=True, text=True, check=True)
     assert "Examples:" in done.stdout

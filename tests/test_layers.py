@@ -31,7 +31,10 @@ ROWS = {
         ),
         *("verification", "waking", "weights", "yin2022"),
     },
-    "io": {"storage", "checkpoint", "compaction", "ledger", "commitment"},
+    "io": {
+        *("storage", "checkpoint", "compaction", "ledger", "commitment"),
+        *("history", "report", "exports", "page"),
+    },
     "check": {"check"},
     "ray": {"fleet", "releases", "train"},
 }
