@@ -5,7 +5,7 @@
     fwm_audit_bytes_total                            of the checkpoints that were read
     fwm_audit_stage_seconds_total{stage}             of workers: fetch, load, verify
     fwm_audit_runs_total{outcome}                    complete, incomplete
-    fwm_audit_queue, fwm_audit_actors{state}         while a run is in work: models not begun; starting, busy
+    fwm_audit_queue, fwm_audit_actors{state}         while a run is in work: not begun; starting, busy
     fwm_embed_models_total{outcome, error_code}      published, skipped, failed
 
 Ray puts `ray_` before each name. Every label has few values, all of them from this code: a model or a URI as a label
