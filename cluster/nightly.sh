@@ -28,8 +28,10 @@ if job is None:
     print("none")
 elif not job.status.is_terminal():
     print("running")
+elif job.status == "STOPPED" or job.driver_exit_code is None or job.driver_exit_code < 0:
+    print("lost")
 else:
-    print("lost" if job.driver_exit_code is None or job.driver_exit_code < 0 else job.driver_exit_code)
+    print(job.driver_exit_code)
 PYTHON
 }
 

@@ -11,8 +11,8 @@
 Ray puts `ray_` before each name. Every label has few values, all of them from this code: a model or a URI as a label
 would be a new time series each, and would tell whoever may read dashboards what there is.
 
-Ray adds the driver's WorkerId, so that each run has series of its own: counters start from nothing with it, and keep what
-they had at its end for as long as its node lives; gauges go some seconds later.
+Ray adds the driver's WorkerId, so that each run has series of its own: counters start from nothing with it, and keep
+what they had at its end for as long as its node lives; gauges go some seconds later.
 """
 
 from __future__ import annotations

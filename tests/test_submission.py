@@ -95,8 +95,13 @@ def nights(local):
     return told
 
 
+def objects(text):
+    """The JSON lines, each once: Ray says the last lines of a failed job again."""
+    return [json.loads(line) for line in dict.fromkeys(text.splitlines()) if line.startswith("{")]
+
+
 def closing(text):
-    return [json.loads(line) for line in text.splitlines() if line.startswith("{") and '"time"' not in line]
+    return [line for line in objects(text) if "time" not in line]
 
 
 @pytest.mark.timeout(400)
@@ -107,7 +112,6 @@ def test_two_nights(local, nights):
     counted = ("complete", "intact", "tampered", "error", "carried")
     assert [first[name] for name in counted] == [True, 3, 0, 0, 0]
     assert [second[name] for name in counted] == [True, 2, 1, 0, 2]
-    assert "'nightly-2-1' failed" in nights.stdout + nights.stderr or "nightly-2-1" in nights.stdout
     status = local.run("ray", "job", "status", "nightly-2-1")
     assert "failed" in (status.stdout + status.stderr).lower()
     status = local.run("ray", "job", "status", "nightly-1-1")
@@ -115,7 +119,7 @@ def test_two_nights(local, nights):
 
 
 def test_log_lines_are_json_with_run_and_model(nights):
-    lines = [json.loads(line) for line in nights.stdout.splitlines() if line.startswith('{"time"')]
+    lines = [line for line in objects(nights.stdout) if "time" in line]
     (found,) = [line for line in lines if line.get("verdict") == "tampered"]
     assert (found["run_id"], found["model_id"], found["level"]) == ("nightly-2", "conv", "WARNING")
     assert found["uri"] == "s3://acme/models/conv/us.safetensors"
