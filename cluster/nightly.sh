@@ -43,7 +43,7 @@ for try in 1 2 3; do
     ray job submit --submission-id "$job" "${options[@]}" -- "${audit[@]}" ${more[@]+"${more[@]}"} || [[ $(ended "$job") != none ]]
   fi
   ray job logs --follow "$job" || true # a broken connection ends this, not the job
-  while state=$(ended "$job"); [[ $state == running ]]; do sleep 5; done
+  while state=$(ended "$job"); [[ $state == running ]]; do sleep 2; done
   if [[ $state != lost && $state != none ]]; then exit "$state"; fi
 done
 echo "the audit $run ended three times without a result: look at 'ray job logs $job'" >&2

@@ -90,7 +90,7 @@ def kuberay_schema(kind):
     (version,) = (v for v in crd["spec"]["versions"] if v["name"] == "v1")
     schema = closed(version["schema"]["openAPIV3Schema"])
     schema["properties"]["metadata"] = {"type": "object"}  # the API server's own
-    return schema
+    return jsonschema.Draft7Validator(schema)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +105,10 @@ def kuberay_schema(kind):
 def test_kuberay_knows_every_field(name, kind):
     schema = kuberay_schema(kind)
     (document,) = of_kind(kind, name)
-    jsonschema.validate(document, schema)
+    schema.validate(document)
     document["spec"]["nosuchfield"] = 1
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(document, schema)
+    with pytest.raises(jsonschema.ValidationError, match="nosuchfield"):
+        schema.validate(document)
 
 
 def core():
@@ -229,7 +229,8 @@ def test_accounts_exist_and_are_used():
     accounts = {d["metadata"]["name"] for d in of_kind("ServiceAccount")}
     assert accounts == {spec["serviceAccountName"] for _, _, spec in pods()}
     assert all(d["automountServiceAccountToken"] is False for d in of_kind("ServiceAccount"))
-    assert all(d["metadata"].get("namespace", d["metadata"]["name"]) == "fwm-audit" for _, d in documents())
+    elsewhere = [d["kind"] for _, d in documents() if d["metadata"].get("namespace") != "fwm-audit"]
+    assert elsewhere == ["Namespace"]
 
 
 def selects(selector, labels):

@@ -139,6 +139,7 @@ def test_an_interrupted_wait_for_the_receiver_leaves_the_exit_code(monkeypatch):
 # ------------------------------------------------------------------------------------------------ logs
 
 LOG = """
+import logging
 from fwm_audit import logs
 logs.bind(run_id="night")
 logs.configure()
