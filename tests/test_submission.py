@@ -131,7 +131,7 @@ def test_metrics_of_the_real_endpoint(local, nights):
     total = {}
     for (name, pairs), value in series.items():
         labels = dict(pairs)
-        key = (name, *(labels[key] for key in ("verdict", "error_code", "stage", "outcome") if key in labels))
+        key = (name, *(labels[key] for key in ("verdict", "outcome", "error_code", "stage") if key in labels))
         total[key] = total.get(key, 0) + value
         # Every label is Ray's own or one of few values: nothing names a model, a place or a run.
         ours = {key for key in labels if not key.startswith("otel_")} - {
