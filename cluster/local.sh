@@ -52,6 +52,7 @@ ENV
   session=$(mktemp -d /tmp/fwm-ray-XXXX)
   echo "$session" >"$out/session"
   as_nodes=(env -u RAY_ADDRESS AWS_ACCESS_KEY_ID=nodeskey AWS_SECRET_ACCESS_KEY=nodessecret)
+  as_nodes+=(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0) # at their end nothing is to be moved elsewhere, which would take 30 s
   common=(--block --min-worker-port=0 --max-worker-port=0 --num-cpus=1 --object-store-memory=100000000)
   background head "${as_nodes[@]}" ray start --head "${common[@]}" --port=$gcs --dashboard-port=$dashboard --temp-dir="$session/0" \
     --dashboard-agent-listen-port=18294 --metrics-export-port=$metrics
