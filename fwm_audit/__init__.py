@@ -32,6 +32,7 @@ The data flow, and the modules in the order in which it passes them:
         check          one entry -> one record
         records        the Parquet schema and a run's files
         fleet          many entries -> exactly as many records, through Ray actors
+        metrics        what Prometheus sees of it
         ledger         runs in their order, signed, and verified
         compaction     many small parts -> one file for each day
 
@@ -42,10 +43,12 @@ The data flow, and the modules in the order in which it passes them:
         exports        JSON, SARIF, verification summaries
 
     errors       every finding, with its stable code
+    logs         lines as text or JSON
+    webhook      the summary of a job, sent to whoever is to know
 
 A module imports only from its own row or one above: pure (errors, key, catalog, verdict, records, task,
-confinement), torch (triggers to verification, architectures, weights), io (storage, checkpoint, compaction, ledger,
-commitment, history, report, page, exports), check, Ray (fleet, releases, train).
+confinement, logs, webhook), torch (triggers to verification, architectures, weights), io (storage, checkpoint,
+compaction, ledger, commitment, history, report, page, exports), check, Ray (fleet, metrics, releases, train).
 """
 
 from __future__ import annotations

@@ -102,7 +102,8 @@ class Auditor:
             # A checkpoint is hostile input: whatever it breaks is a finding about it, not about the run.
             # The message stays unsaid, here and in the log: it could quote triggers.
             where = "".join(traceback.format_tb(error.__traceback__))
-            log.error("%s while auditing %s\n%s", type(error).__name__, entry.uri, where)  # noqa: TRY400
+            about = {"model_id": entry.model_id, "uri": entry.uri}
+            log.error("%s while auditing %s\n%s", type(error).__name__, entry.uri, where, extra=about)  # noqa: TRY400
             known = FwmError(ErrorCode.INTERNAL, f"{type(error).__name__} in the worker; its log says where")
         return error_record(self.settings, entry, known, shard=shard, attempt=attempt, worker=self.worker, **facts)
 

@@ -32,12 +32,13 @@ import pyarrow as pa
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-from fwm_audit import __version__, ledger, storage
+from fwm_audit import __version__, ledger, logs, storage
 from fwm_audit.catalog import CatalogEntry, read_catalog
 from fwm_audit.compaction import read_run
 from fwm_audit.confinement import allow_seconds, confine, share_of_memory
 from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
 from fwm_audit.key import MasterSecret, SessionKey, fingerprint, key_name, signed_values
+from fwm_audit.metrics import AuditMeter
 from fwm_audit.records import (
     MANIFEST,
     RUN,
@@ -198,7 +199,8 @@ class AuditWorker:
 
         keep_freed_memory()
         settings = self._settings
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        logs.configure()
+        logs.bind(run_id=settings.run_id)
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         self._threads = max(1, int(cpus))
         torch.set_num_threads(self._threads)
@@ -256,10 +258,12 @@ def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[
         if error.code is not ErrorCode.OBJECT_MISSING:
             raise
     verdicts: Counter[str] = Counter()
+    meter, complete = AuditMeter(), False
     try:
         before = _Before(plan, signer.public_key).of if plan.before is not None else _nothing
-        _execute(plan, settings, before, verdicts, progress, worker, _Parts(plan, description, signer))
-        return _commit(plan, description, signer)
+        _execute(plan, settings, before, verdicts, progress, worker, _Parts(plan, description, signer), meter)
+        summary = _commit(plan, description, signer)
+        complete = True
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, UsageError) and not verdicts[Verdict.TAMPERED]:
             raise
@@ -272,6 +276,10 @@ def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[
             f"--run-id {job.run_id} with the same settings audits the rest",
             counts(verdicts),
         ) from error
+    else:
+        return summary
+    finally:
+        meter.close(complete=complete)
 
 
 # ---------------------------------------------------------------------------------------------- plan
@@ -443,8 +451,10 @@ class _Dispatcher:
         actors: int,
         timeout_s: float,
         before: Callable[[CatalogEntry], AuditRecord | None] = _nothing,
+        meter: AuditMeter | None = None,
     ) -> None:
         self._spawn = spawn
+        self._meter = meter
         self._before = before
         self._settings = settings
         self._actors = actors
@@ -483,6 +493,11 @@ class _Dispatcher:
             record = self._settle(ref, call)
             if call.task is not None and record is not None:
                 yield call.task, record
+        if self._meter is not None and self._meter.due:
+            calls = self._calls.values()
+            starting = sum(call.task is None for call in calls)
+            waiting = len(self._todo) + sum(call.ahead is not None for call in calls)
+            self._meter.tell(queue=waiting, starting=starting, busy=len(calls) - starting)
         now = time.monotonic()
         for ref, call in list(self._calls.items()):
             if call.task is not None and call.deadline <= now:
@@ -631,6 +646,7 @@ def _execute(
     progress: Progress,
     worker: type[AuditWorker],
     parts: _Parts,
+    meter: AuditMeter,
 ) -> None:
     """Audit the missing shards and write each when it is complete; `verdicts` counts the run's records."""
     job, run = plan.job, plan.run
@@ -648,6 +664,7 @@ def _execute(
         actors=job.actors or _room_for_actors(job.gpus_per_actor),
         timeout_s=job.timeout_s,
         before=before,
+        meter=meter,
     )
     waiting: defaultdict[int, dict[int, AuditRecord]] = defaultdict(dict)
     writes: deque[Future[bool]] = deque()
@@ -656,6 +673,7 @@ def _execute(
             verdicts.update(table["verdict"].to_pylist())
         for task, record in itertools.chain(unusable, audited):
             _log_finding(record)
+            meter.count(record)
             verdicts[record.verdict] += 1
             shard, entries = waiting[task.shard], plan.entries_of(task.shard)
             shard[task.entry.row] = record
@@ -719,11 +737,15 @@ def _room_for_actors(gpus: float) -> int:
 
 
 def _log_finding(record: AuditRecord) -> None:
+    if record.verdict is Verdict.INTACT:
+        return
+    about = {name: getattr(record, name) for name in ("model_id", "uri", "verdict", "error_code")}
     if record.verdict is Verdict.TAMPERED:
         seen = f"{record.matches} of {record.triggers} triggers match, displacement {record.displacement}"
-        log.warning("tampered: %s %s: %s", record.model_id, record.uri, seen)
-    elif record.verdict is Verdict.ERROR:
-        log.warning("error: %s %s: %s: %s", record.model_id, record.uri, record.error_code, record.error_message)
+        log.warning("tampered: %s %s: %s", record.model_id, record.uri, seen, extra=about)
+    else:
+        text = f"{record.error_code}: {record.error_message}"
+        log.warning("error: %s %s: %s", record.model_id, record.uri, text, extra=about)
 
 
 class _Parts:

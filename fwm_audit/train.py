@@ -29,7 +29,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_actors, list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
-from fwm_audit import storage
+from fwm_audit import logs, storage
 from fwm_audit.architectures import input_shape
 from fwm_audit.checkpoint import fit, open_checkpoint
 from fwm_audit.commitment import commit
@@ -221,9 +221,10 @@ def _free_groups_of_the_dead(patience_s: float = 10.0) -> None:
 
 
 def _train_loop(config: dict[str, Any]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     confine(None)  # no core file with triggers in it
     task = EmbedTask(**config)
+    logs.configure("%(message)s")
+    logs.bind(model_id=task.model_id)
     board: Any = ray.get_actor(task.board) if task.board is not None else None
     metrics: dict[str, Any] | None = ray.get(board.finding.remote(task.model_id)) if board is not None else None
     if metrics is None:

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from fwm_audit import logs, webhook
 from fwm_audit.errors import FwmError, UsageError
 from fwm_audit.key import MASTER_KEY_VARIABLE
 
@@ -37,6 +38,10 @@ AllowFactory = Annotated[
 AllowLocal = Annotated[
     bool, typer.Option("--allow-local", help="Let a catalog in an object store name local files of the workers.")
 ]
+Webhook = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="File with a URL to which the closing line is posted when the job ends."),
+]
 log = logging.getLogger("jobs")
 
 
@@ -45,26 +50,44 @@ def run(app: typer.Typer) -> None:
 
     Python's own exit code for an uncaught exception is 1, which here would mean "tampered".
     """
-    if CONSOLE.is_terminal:
+    if CONSOLE.is_terminal and not logs.as_json():
         handler: logging.Handler = RichHandler(console=CONSOLE, show_path=False, omit_repeated_times=False)
         logging.basicConfig(level=logging.INFO, format="%(message)s", datefmt="[%X]", handlers=[handler])
     else:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        logs.configure()
     try:
         app()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(str(error))
         sys.exit(EXIT_USAGE)
     except FwmError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        _say(error.message)
         sys.exit(EXIT_INCOMPLETE)
     except Exception:  # the last resort before the interpreter's exit code 1
         log.exception("this is a bug")
         sys.exit(EXIT_INCOMPLETE)
 
 
-def emit(**values: Any) -> None:
-    """Print the closing line of standard output: one JSON object for whoever called."""
+def _say(error: str) -> None:
+    if logs.as_json():
+        log.error("%s", error)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def emit(hook: str | None = None, **values: Any) -> None:
+    """Print the closing line of standard output: one JSON object for whoever called.
+
+    Args:
+        hook: URL to which it is posted then; a receiver that is down changes nothing but the log.
+        values: The object.
+    """
+    _print(values)
+    if hook is not None:
+        webhook.send(hook, values)
+
+
+def _print(values: dict[str, Any]) -> None:
     try:
         print(json.dumps(values), flush=True)
     except BrokenPipeError:

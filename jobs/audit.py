@@ -14,8 +14,10 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fwm_audit import logs
 from fwm_audit.fleet import AuditJob, IncompleteError, plan_audit, run_audit
 from fwm_audit.verdict import Tolerance, Verdict
+from fwm_audit.webhook import read_url
 from jobs import _cli
 
 _LOG_EVERY_S = 10.0
@@ -64,6 +66,7 @@ def audit(
         float | None,
         typer.Option(metavar="GIB", min=0.1, help="Of one CPU worker, enforced. [default: half its share of the node]"),
     ] = None,
+    webhook: _cli.Webhook = None,
     allow_local: _cli.AllowLocal = False,
     master_key: _cli.MasterKey = None,
     allow_factory: _cli.AllowFactory = None,
@@ -84,9 +87,11 @@ def audit(
         allow_local=allow_local,
         carry_days=max_age if incremental else None,
     )
+    logs.bind(run_id=job.run_id)
     if dry_run:
         _describe(job)
         return
+    hook = read_url(webhook) if webhook else None
     plan = plan_audit(job)  # before a cluster is started: what is asked wrongly is told at once
     log.info("run %s: %d of %d shards to audit", job.run_id, len(plan.missing), plan.run.shards)
     try:
@@ -94,9 +99,10 @@ def audit(
             summary = run_audit(plan, progress=progress)
     except IncompleteError as error:
         log.error("%s", error)  # noqa: TRY400  # a sentence for a person; the traceback says nothing more
-        _cli.emit(run_id=job.run_id, complete=False, **error.verdicts)
+        _cli.emit(hook, run_id=job.run_id, complete=False, **error.verdicts)
         raise typer.Exit(exit_code(error.verdicts, complete=False)) from None
     _cli.emit(
+        hook,
         run_id=job.run_id,
         complete=True,
         **summary.verdicts,

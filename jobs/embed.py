@@ -16,8 +16,10 @@ from fwm_audit import storage
 from fwm_audit.catalog import CatalogEntry, add_entries, check_model_id, read_catalog
 from fwm_audit.errors import ErrorCode, FwmError, UsageError
 from fwm_audit.key import MasterSecret
+from fwm_audit.metrics import count_embedded
 from fwm_audit.releases import Failed, check_run_storage, watermark
 from fwm_audit.task import Embedded, EmbedTask, Progress
+from fwm_audit.webhook import read_url
 from jobs import _cli
 
 _LOG_EVERY_S = 15.0
@@ -81,6 +83,7 @@ def embed(
         str,
         typer.Option("--storage", help="URI prefix for the sealed state of unfinished runs. [default: a local folder]"),
     ] = "",
+    webhook: _cli.Webhook = None,
     allow_local: _cli.AllowLocal = False,
     master_key: _cli.MasterKey = None,
     allow_factory: _cli.AllowFactory = None,
@@ -104,6 +107,7 @@ def embed(
         master_key_file=str(master_key.absolute()) if master_key else None,
     )
     # What is missing is told before a cluster is started.
+    hook = read_url(webhook) if webhook else None
     MasterSecret.from_file(shared.master_key_file)
     run_storage = storage.absolute(storage_) if storage_ else None
     if run_storage is not None:
@@ -127,10 +131,11 @@ def embed(
             watch=_Watch(),
         ):
             outcomes.append(outcome)
+            _count(outcome)
             _tell(outcome, method)
             if catalog and isinstance(outcome, Embedded):
                 _add(storage.absolute(catalog), good[task.model_id, task.checkpoint], outcome)
-    _close(outcomes, many=bool(models))
+    _close(outcomes, hook, many=bool(models))
 
 
 def _entries(models: str, model_id: str, checkpoint: str, arch: str, *, allow_local: bool) -> Sequence[CatalogEntry]:
@@ -150,18 +155,29 @@ def _entries(models: str, model_id: str, checkpoint: str, arch: str, *, allow_lo
     return [CatalogEntry(0, check_model_id(model_id), storage.absolute(checkpoint), arch, "")]
 
 
-def _tell(outcome: Embedded | Failed, method: str) -> None:
+def _count(outcome: Embedded | Failed) -> None:
     if isinstance(outcome, Failed):
-        log.error("%s: failed (%s): %s", outcome.model_id, outcome.code, outcome.message)
+        count_embedded("failed", outcome.code)
+    else:
+        count_embedded("skipped" if outcome.before else "published")
+
+
+def _tell(outcome: Embedded | Failed, method: str) -> None:
+    about = {"model_id": outcome.model_id}
+    if isinstance(outcome, Failed):
+        about |= {"error_code": outcome.code}
+        log.error("%s: failed (%s): %s", outcome.model_id, outcome.code, outcome.message, extra=about)
         return
     said = "carries this key already" if outcome.before else "published"
-    log.info("%s: %s, key %s, coverage %.4f", outcome.model_id, said, outcome.key_id, outcome.coverage)
+    text = f"{said}, key {outcome.key_id}, coverage {outcome.coverage:.4f}"
+    log.info("%s: %s", outcome.model_id, text, extra=about)
     if outcome.arithmetic != "float64" and method == "mirror":
         log.warning(
             "%s: the model casts to float32 inside, so its triggers stand %.0e from their boundaries instead of "
             "some 1e-12: small edits go unseen",
             outcome.model_id,
             outcome.delta,
+            extra=about,
         )
 
 
@@ -171,7 +187,7 @@ def _add(catalog: str, entry: CatalogEntry, published: Embedded) -> None:
     storage.update(catalog, lambda data: add_entries(data, catalog, [row]))
 
 
-def _close(outcomes: Sequence[Embedded | Failed], *, many: bool) -> None:
+def _close(outcomes: Sequence[Embedded | Failed], hook: str | None, *, many: bool) -> None:
     """The summary, the closing line and the exit code."""
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
     published = [outcome for outcome in outcomes if isinstance(outcome, Embedded)]
@@ -183,10 +199,11 @@ def _close(outcomes: Sequence[Embedded | Failed], *, many: bool) -> None:
         (only,) = published
         for edit, (seen, tries) in only.datasheet.items():
             log.info("%s: detects %-45s %2d of %2d", only.model_id, edit, seen, tries)
-        _cli.emit(**dataclasses.asdict(only))
+        _cli.emit(hook, **dataclasses.asdict(only))
         return
     _cli.CONSOLE.print(_summary(outcomes))
     _cli.emit(
+        hook,
         models=len(outcomes),
         published=sum(not outcome.before for outcome in published),
         skipped=sum(outcome.before for outcome in published),

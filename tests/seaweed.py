@@ -19,17 +19,25 @@ import botocore.config
 
 BUCKET = "fwm"
 _IDENTITIES = {"test": ["Admin", "Read", "Write", "List", "Tagging"], "reader": ["Read", "List"]}
+#: Users who may do what the policy of their name says, with `acme/` in the bucket in place of the bucket `acme`.
+POLICIES = {file.stem: file.read_text() for file in (Path(__file__).parents[1] / "cluster" / "s3").glob("*.json")}
 
 
 @contextlib.contextmanager
 def serve(folder: Path) -> Iterator[str]:
     """URL of a server with a bucket, its data in `folder`; it takes the keys of the users `test` and `reader`."""
     master, volume, filer, s3 = _free_ports(4)
+    rights = {name: {"actions": actions} for name, actions in _IDENTITIES.items()}
+    rights |= {name: {"actions": [], "policyNames": [name]} for name in POLICIES}
     identities = [
-        {"name": name, "credentials": [{"accessKey": f"{name}key", "secretKey": f"{name}secret"}], "actions": actions}
-        for name, actions in _IDENTITIES.items()
+        {"name": name, "credentials": [{"accessKey": f"{name}key", "secretKey": f"{name}secret"}], **right}
+        for name, right in rights.items()
     ]
-    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+    policies = [
+        {"name": name, "content": text.replace(":::acme/", f":::{BUCKET}/acme/").replace(':::acme"', f':::{BUCKET}"')}
+        for name, text in POLICIES.items()
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities, "policies": policies}))
     (folder / "data").mkdir(exist_ok=True)
     command = [
         Path(sysconfig.get_path("scripts")) / "weed",

@@ -14,7 +14,7 @@ import fwm_audit
 PACKAGE = Path(fwm_audit.__file__).parent
 #: Lowest first: a module imports only from its own row or one above it in this table.
 ROWS = {
-    "pure": {"errors", "key", "catalog", "verdict", "records", "task", "confinement", "__init__"},
+    "pure": {"errors", "key", "catalog", "verdict", "records", "task", "confinement", "logs", "webhook", "__init__"},
     "torch": {
         *(
             "architectures",
@@ -36,7 +36,7 @@ ROWS = {
         *("history", "report", "exports", "page"),
     },
     "check": {"check"},
-    "ray": {"fleet", "releases", "train"},
+    "ray": {"fleet", "releases", "train", "metrics"},
 }
 FOREIGN = {
     "torch": {"torch", "io", "check", "ray"},
