@@ -119,10 +119,6 @@ def test_embed_catalog_and_audit_on_s3(s3, secret):
     _cannot_be_changed_unseen(s3, summary, environment)
     _reported_without_a_secret(s3, TriggerSet.unseal(key, MasterSecret.from_file(secret)), environment)
 
-    code, again, said = job(*audit, environment=environment)
-    assert (code, again["intact"], again["tampered"], again["error"]) == (1, 3, 1, 4), said
-    assert [(item.uri, item.etag, item.size) for item in storage.listing(f"{s3}/out")] == before
-
     code, _, said = job(*audit, "--tolerance", "half", environment=environment)
     assert code == 2
     assert "--tolerance" in said
@@ -133,11 +129,6 @@ def test_embed_catalog_and_audit_on_s3(s3, secret):
     everything = embedding_said + said + b"".join(storage.read(uri) for uri, _, _ in before).decode("latin1")
     assert master not in everything
     assert bytes.fromhex(master).decode("latin1") not in everything + key.decode("latin1")
-
-    storage.replace(f"{fleet}/team/conv.safetensors", save(edited))
-    night = ["second-night" if argument == "night" else argument for argument in audit]
-    code, second, said = job(*night, "--incremental", environment=environment)
-    assert (code, second["carried"], second["intact"], second["tampered"], second["error"]) == (1, 2, 2, 2, 4), said
 
 
 def _reported_without_a_secret(s3, triggers, environment):

@@ -108,7 +108,8 @@ def test_every_model_has_its_outcome_and_a_repetition_changes_nothing(company):
     (company.folder / "keys" / "blocked").write_text("a file where a folder should be")
     code, closing, said = company.embed(rows)
     assert code == 3, said
-    assert "Traceback" not in said
+    # Ray's controllers show tracebacks of their own where the machine is slow.
+    assert not [line for line in said.splitlines() if "Traceback" in line and "(TrainController" not in line]
     assert {name: closing[name] for name in ("models", "published", "skipped", "failed")} == {
         "models": 8, "published": 1, "skipped": 0, "failed": 7,
     }  # fmt: skip
