@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -24,7 +24,6 @@ POINTWISE = {
 }  # fmt: skip
 
 
-@settings(deadline=None)  # the first convolutions of a process take longer
 @given(
     channels=st.sampled_from([1, 8, 16, 24]),
     kernel=st.one_of(st.just((1, 1)), st.tuples(st.integers(1, 5), st.integers(1, 5))),

@@ -10,7 +10,7 @@ import pytest
 
 from tests.benchmarks.mutations import mutated
 
-CASES = 1000
+CASES = 600
 
 
 @pytest.mark.timeout(300)
