@@ -61,7 +61,7 @@ def sarif(report: Report, verdicts: Iterable[State] = ()) -> dict[str, Any]:
     opened = {(row["model_id"], row["uri"]): row for row in report.rows("FROM incidents WHERE restored_run IS NULL")}
     ids = sorted({_rule_id(row) for row in rows})
     history = report.history
-    sound = not history.findings and not history.unfinished and report.last_complete is not None
+    sound = not history.findings and not history.unfinished and report.last_complete is not None and report.age is None
     return {
         "$schema": _SARIF_SCHEMA,
         "version": "2.1.0",
@@ -136,7 +136,7 @@ def _result(
         "message": {"text": printable(f"{row['uri']} of {row['model_id']} {said}. Next: {advice(row)}.")},
         "locations": [
             {
-                "physicalLocation": {"artifactLocation": {"uri": reference(row["uri"])}},
+                "physicalLocation": {"artifactLocation": {"uri": _artifact(row["uri"])}},
                 "logicalLocations": [{"name": printable(row["model_id"]), "kind": "module"}],
             }
         ],
@@ -146,9 +146,15 @@ def _result(
         **({"provenance": {"firstDetectionTimeUtc": _utc(incident["first_tampered_at"])}} if incident else {}),
         "properties": {
             name: row[name]
-            for name in ("run_id", "key_id", "displacement", "matches", "triggers", "sha256", "digest_matches")
+            for name in ("uri", "run_id", "key_id", "displacement", "matches", "triggers", "sha256", "digest_matches")
         },
     }
+
+
+def _artifact(uri: str) -> str:
+    """A relative reference, bucket first: code scanners refuse a whole log for a scheme that is not their own."""
+    parts = (quote(part) for part in uri.rpartition("://")[2].split("/") if part not in {"", ".", ".."})
+    return "/".join(parts) or "unnamed"
 
 
 def reference(uri: str) -> str:
@@ -167,30 +173,32 @@ def _utc(time: datetime) -> str:
 def summaries(report: Report, audits: str) -> dict[str, dict[str, Any] | None]:
     """By model id, a verification summary (in-toto Statement v1) over all its checkpoints that were read.
 
-    It is `PASSED` only if all of them are intact. None stands for a model of which no file was read: no digest can
-    be named, so nothing can be stated.
+    It is `PASSED` only if all of them are intact. Where no file can be read any more, it names the last bytes that
+    could; None stands for a model of which no file ever was: no digest can be named, so nothing can be stated.
 
     Args:
-        report: Of a history that was verified.
+        report: Of a history that was verified, and of all days and keys of it.
         audits: URI of the audits, as the verifier's source.
 
     Raises:
-        ValueError: The history was not verified.
+        ValueError: The history was not verified, or is a part.
     """
-    if not report.history.verified:
-        raise ValueError("what was not verified is not attested")
-    # What is incomplete or not as written could concern any model.
+    chosen = report.selection
+    if not report.history.verified or chosen.keys or chosen.since or chosen.until:
+        raise ValueError("what was not verified, or is a part, is not attested")
+    # What is not as it was written could concern any model.
     sound = not report.history.findings and report.last_complete is not None
     models: dict[str, list[dict[str, Any]]] = {}
     for row in report.states():
         models.setdefault(row["model_id"], []).append(row)
     made: dict[str, dict[str, Any] | None] = {}
     for model_id, rows in sorted(models.items()):
-        subjects = [
-            {"name": row["uri"], "digest": {"sha256": row["sha256"]}}
-            for row in rows
-            if row["sha256"] and row["state"] != State.NOT_CHECKED
-        ]
+        read = [row for row in rows if row["sha256"] and row["state"] != State.NOT_CHECKED] or report.rows(
+            "SELECT uri, max_by(sha256, look) AS sha256 FROM looks WHERE model_id = ? AND sha256 IS NOT NULL "
+            "GROUP BY uri ORDER BY uri",
+            model_id,
+        )
+        subjects = [{"name": row["uri"], "digest": {"sha256": row["sha256"]}} for row in read]
         passed = sound and all(row["state"] == Verdict.INTACT for row in rows)
         made[model_id] = _statement(report, audits, model_id, rows, subjects, passed=passed) if subjects else None
     return made
@@ -205,8 +213,8 @@ def _statement(
     *,
     passed: bool,
 ) -> dict[str, Any]:
-    looked = [row["audited_at"] for row in rows if row["state"] != State.NOT_CHECKED]
-    runs = sorted({row["run_id"] for row in rows if row["state"] != State.NOT_CHECKED})
+    rows = [row for row in rows if row["state"] != State.NOT_CHECKED] or rows
+    looked, runs = [row["audited_at"] for row in rows], sorted({row["run_id"] for row in rows})
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": subjects,
@@ -235,9 +243,12 @@ def _statement(
     }
 
 
-def attestation_name(model_id: str) -> str:
-    """Name of a model's statement: its id with everything quoted that a store or shell could read as more."""
+def attestation_name(model_id: str, *, signed: bool) -> str:
+    """Name of a model's statement: its id with everything quoted that a store or shell could read as more.
+
+    One that is not signed has a name of its own, so that it takes no signed one's place.
+    """
     quoted = quote(model_id, safe="")
     if not 0 < len(quoted) <= 200 or quoted.startswith("."):
         quoted = hashlib.sha256(model_id.encode()).hexdigest()
-    return f"{quoted}.intoto.json"
+    return f"{quoted}.{'intoto' if signed else 'statement'}.json"

@@ -51,8 +51,10 @@ def render(report: Report) -> str:
         ),
         "slowest": report.rows("FROM slowest LIMIT ?", _SLOWEST),
         "cost": report.rows("FROM cost ORDER BY worker_seconds DESC, model_id LIMIT ?", _SLOWEST),
-        "keys": report.rows("FROM keys ORDER BY model_id, key_id LIMIT ?", _KEYS),
     }
+    keys = report.rows("FROM keys ORDER BY model_id, key_id")
+    problems = {(sheet.model_id, sheet.key_id) for sheet in report.sheets or () if sheet.problem}
+    lists["keys"] = sorted(keys, key=lambda row: (row["model_id"], row["key_id"]) not in problems)[:_KEYS]
     sheets = sorted(report.sheets or (), key=lambda sheet: (sheet.coverage is not None, sheet.coverage, sheet.model_id))
     data = {
         "checkpoints": _checkpoints(report),
@@ -100,6 +102,8 @@ def render(report: Report) -> str:
         sheets={(sheet.model_id, sheet.key_id): sheet for sheet in sheets},
         edits=list(dict.fromkeys(edit for sheet in sheets for edit in sheet.datasheet)),
         lists=lists,
+        keys=len(keys),
+        newest=next(iter(report.rows("FROM newest")), None),
         policy=policy,
         style=Markup((folder / "page.css").read_text()),  # noqa: S704 - our own file
         script=Markup(script),  # noqa: S704 - our own file

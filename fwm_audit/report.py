@@ -47,7 +47,10 @@ WHERE ($since::DATE IS NULL OR day >= $since) AND ($until::DATE IS NULL OR day <
 
 
 class State(StrEnum):
-    """How a checkpoint stands now, the worst first: a verdict, or the last complete run did not list it."""
+    """How a checkpoint stands now, the worst first: a verdict, or the last complete run did not list it.
+
+    A tampered one stays tampered while nobody looks.
+    """
 
     TAMPERED = "tampered"
     ERROR = "error"
@@ -199,6 +202,11 @@ class Report:
             "The same --run-id resumes it."
             for run in self.history.unfinished
         ]
+        if problems := [sheet for sheet in self.sheets or () if sheet.problem]:
+            said.append(
+                f"The key {problems[0].key_id} of {problems[0].model_id}: {problems[0].problem}"
+                + (f"; {len(problems) - 1} more keys have a problem" if len(problems) > 1 else "")
+            )
         last = self.last_complete
         if last is None:
             said.append("No complete run is among these: what is not listed may never have been looked at.")
@@ -230,7 +238,9 @@ class Report:
             "ORDER BY list_position(['tampered', 'error', 'not_checked', 'intact'], state), uri",
             model_id,
         )
-        history = self.rows("FROM looks WHERE model_id = ? ORDER BY uri, number", model_id)
+        history: dict[str, list[dict[str, Any]]] = {}
+        for look in self.rows("FROM looks WHERE model_id = ? ORDER BY uri, look", model_id):
+            history.setdefault(look["uri"], []).append(look)
         return {
             **about[0],
             "checkpoints": [
@@ -238,12 +248,12 @@ class Report:
                     **{name: row[name] for name in ("state", *SCHEMA.names)},
                     "moved": moved(row),
                     "next": advice(row),
-                    "digest_released": self._released(row, history),
-                    "history": [{name: look[name] for name in _LOOK} for look in history if look["uri"] == row["uri"]],
+                    "digest_released": self._released(row, history[row["uri"]]),
+                    "history": [{name: look[name] for name in _LOOK} for look in history[row["uri"]]],
                 }
                 for row in checkpoints
             ],
-            "incidents": self.rows("FROM incidents WHERE model_id = ? ORDER BY first_number, uri", model_id),
+            "incidents": self.rows("FROM incidents WHERE model_id = ? ORDER BY first_tampered_at, uri", model_id),
             "keys": self.rows("FROM keys WHERE model_id = ? ORDER BY key_id", model_id),
             "cost": self.rows("FROM cost WHERE model_id = ?", model_id)[0],
         }

@@ -35,28 +35,34 @@ SELECT row_number() OVER (ORDER BY coalesce(first_started_at, started_at), run_i
        coalesce(worker_seconds, 0) AS worker_seconds, coalesce(bytes_read, 0) AS bytes_read
 FROM described FULL JOIN counted USING (run_id);
 
--- What each run said of each checkpoint: its worst record, where there are several keys or rows.
+-- What each run said of each checkpoint: its worst record, where there are several keys or rows. `look` numbers the looks
+-- at a checkpoint by their time, not by their runs' start: a run that was cut off and resumed looks later than it began.
 CREATE OR REPLACE VIEW looks AS
-SELECT runs.number, runs.complete, worst.* FROM (
+SELECT *, row_number() OVER (PARTITION BY model_id, uri ORDER BY looked_at, number) AS look FROM (
+SELECT runs.number, runs.complete, worst.*, greatest(audited_at, run_started_at) AS looked_at FROM (
     SELECT *, CASE WHEN verdict IN ('intact', 'tampered') THEN verdict ELSE 'error' END AS state
     FROM records
     QUALIFY row_number() OVER (
         PARTITION BY run_id, model_id, uri
         ORDER BY CASE verdict WHEN 'tampered' THEN 0 WHEN 'intact' THEN 2 ELSE 1 END, audited_at DESC, key_id
     ) = 1
-) AS worst JOIN runs USING (run_id);
+) AS worst JOIN runs USING (run_id));
 
--- Every checkpoint ever seen, as it stood after a run. One that the last complete run did not list any more is
--- `not_checked`, whatever was said of it before: that stands in `verdict`.
-CREATE OR REPLACE MACRO state_after(run_number) AS TABLE
-SELECT looks.* REPLACE (
-    CASE WHEN number >= coalesce((SELECT max(runs.number) FROM runs WHERE runs.complete AND runs.number <= run_number), 0)
+-- Every checkpoint ever seen, as all runs but one leave it. One that the last complete run did not list any more is
+-- `not_checked`, whatever was said of it before (that stands in `verdict`), but a tampered one stays so until a look finds
+-- something else.
+CREATE OR REPLACE MACRO state_without(run_number) AS TABLE
+SELECT * EXCLUDE (newest_run) REPLACE (
+    CASE WHEN state = 'tampered' OR newest_run >= coalesce(
+             (SELECT max(runs.number) FROM runs WHERE runs.complete AND runs.number <> run_number), 0)
          THEN state ELSE 'not_checked' END AS state)
-FROM looks WHERE number <= run_number
-QUALIFY row_number() OVER (PARTITION BY model_id, uri ORDER BY number DESC) = 1;
+FROM (
+    SELECT *, max(number) OVER (PARTITION BY model_id, uri) AS newest_run FROM looks WHERE number <> run_number
+    QUALIFY row_number() OVER (PARTITION BY model_id, uri ORDER BY look DESC) = 1
+);
 
 -- Every checkpoint, as it stands now.
-CREATE OR REPLACE VIEW checkpoints AS SELECT * FROM state_after((SELECT max(number) FROM runs));
+CREATE OR REPLACE VIEW checkpoints AS SELECT * FROM state_without(0);
 
 -- Latest verdict of each model: the worst of its checkpoints.
 CREATE OR REPLACE VIEW models AS
@@ -85,11 +91,11 @@ FROM models;
 -- after `last_intact_at`: `hours_to_detect` is therefore the longest that it can have gone unnoticed.
 CREATE OR REPLACE VIEW incidents AS
 WITH numbered AS (
-    SELECT *, count(*) FILTER (state = 'intact') OVER (PARTITION BY model_id, uri ORDER BY number) AS intact_before
+    SELECT *, count(*) FILTER (state = 'intact') OVER (PARTITION BY model_id, uri ORDER BY look) AS intact_before
     FROM looks
 ), found AS (
-    SELECT model_id, uri, intact_before, min(number) AS first_number, min_by(run_id, number) AS first_run,
-           min_by(audited_at, number) AS first_tampered_at, max(number) AS last_number, count(*) AS tampered_looks
+    SELECT model_id, uri, intact_before, min_by(number, look) AS first_number, min_by(run_id, look) AS first_run,
+           min_by(audited_at, look) AS first_tampered_at, max_by(number, look) AS last_number, count(*) AS tampered_looks
     FROM numbered WHERE state = 'tampered' GROUP BY model_id, uri, intact_before
 ), intact AS (
     SELECT model_id, uri, intact_before, run_id, audited_at FROM numbered WHERE state = 'intact'
@@ -107,7 +113,7 @@ LEFT JOIN intact AS after
 
 -- First tampered run of each model, and whether that is over.
 CREATE OR REPLACE VIEW first_tampered AS
-SELECT model_id, min_by(first_run, first_number) AS first_run, min(first_tampered_at) AS first_tampered_at,
+SELECT model_id, min_by(first_run, first_tampered_at) AS first_run, min(first_tampered_at) AS first_tampered_at,
        count(*) AS incidents, count(*) FILTER (restored_run IS NULL) AS open_incidents
 FROM incidents GROUP BY model_id;
 
@@ -118,7 +124,12 @@ SELECT count(*) AS incidents, count(*) FILTER (restored_run IS NULL) AS open_inc
        avg(hours_to_restore) AS mean_hours_to_restore
 FROM incidents;
 
--- What the newest run changed: state, finding, bytes or key of a checkpoint. `before` is NULL on its first look.
+-- One row: the run that looked last.
+CREATE OR REPLACE VIEW newest AS
+SELECT runs.* FROM runs JOIN (SELECT number, max(looked_at) AS last_look FROM looks GROUP BY number) USING (number)
+ORDER BY last_look DESC, number DESC LIMIT 1;
+
+-- What that run changed: state, finding, bytes or key of a checkpoint. `before` is NULL on its first look.
 CREATE OR REPLACE VIEW changes AS
 SELECT now.model_id, now.uri, before.state AS before, now.state AS now,
        CASE WHEN before.state IS NULL THEN 'first look' WHEN before.state <> now.state THEN 'verdict'
@@ -126,7 +137,7 @@ SELECT now.model_id, now.uri, before.state AS before, now.state AS now,
             THEN 'finding' WHEN before.sha256 <> now.sha256 THEN 'other bytes' ELSE 'other key' END AS change,
        now.displacement, now.error_code, now.number, before.sha256 AS sha256_before, now.sha256
 FROM checkpoints AS now
-LEFT JOIN state_after((SELECT max(number) - 1 FROM runs)) AS before USING (model_id, uri)
+LEFT JOIN state_without((SELECT number FROM newest)) AS before USING (model_id, uri)
 WHERE before.state IS DISTINCT FROM now.state OR before.sha256 <> now.sha256 OR before.key_id <> now.key_id
    OR before.displacement <> now.displacement OR before.error_code IS DISTINCT FROM now.error_code;
 
@@ -134,8 +145,8 @@ WHERE before.state IS DISTINCT FROM now.state OR before.sha256 <> now.sha256 OR 
 CREATE OR REPLACE VIEW failing AS
 SELECT now.model_id, now.uri, now.error_code, now.error_message, count(*) AS looks, min(looks.run_started_at) AS since
 FROM checkpoints AS now JOIN looks USING (model_id, uri)
-WHERE now.state = 'error' AND looks.state = 'error' AND looks.number > coalesce(
-    (SELECT max(other.number) FROM looks AS other
+WHERE now.state = 'error' AND looks.state = 'error' AND looks.look > coalesce(
+    (SELECT max(other.look) FROM looks AS other
      WHERE other.model_id = now.model_id AND other.uri = now.uri AND other.state <> 'error'), 0)
 GROUP BY ALL;
 
@@ -155,7 +166,7 @@ FROM records GROUP BY model_id;
 
 -- Keys that the checkpoints stand on now.
 CREATE OR REPLACE VIEW keys AS
-SELECT model_id, key_id, max_by(key_fingerprint, number) AS key_fingerprint, max_by(method, number) AS method,
-       max_by(arithmetic, number) AS arithmetic, count(*) AS checkpoints,
+SELECT model_id, key_id, max_by(key_fingerprint, looked_at) AS key_fingerprint,
+       max_by(method, looked_at) AS method, max_by(arithmetic, looked_at) AS arithmetic, count(*) AS checkpoints,
        count(*) FILTER (state = 'intact') AS intact, count(*) FILTER (state = 'tampered') AS tampered
 FROM checkpoints WHERE key_fingerprint IS NOT NULL GROUP BY model_id, key_id;

@@ -122,8 +122,8 @@ def report(
     if trusted is None and (head is not None or attestations is not None):
         option = "--head" if head is not None else "--attestations"
         raise UsageError(f"{option} needs verified records: give --public-key or the master secret")
-    if attestations is not None and key:
-        raise UsageError("--attestations speaks of whole models: leave --key away")
+    if attestations is not None and (key or since or until):
+        raise UsageError("--attestations speaks of whole models, as they stand now: leave --key, --since, --until away")
     known = read(audits, trusted, head=head, keys=keys if trusted else None)
     days = [day.date() if day else None for day in (since, until)]
     made = Report(known, Selection(models=tuple(model or ()), keys=tuple(key or ()), since=days[0], until=days[1]))
@@ -169,8 +169,8 @@ def _master(path: Path | None) -> MasterSecret | None:
 def _exit(made: Report, failing: Sequence[State]) -> None:
     fleet = made.one("fleet")
     met = {state for state in failing if fleet[state]}
-    if State.NOT_CHECKED in failing and (made.history.unfinished or made.last_complete is None):
-        met.add(State.NOT_CHECKED)  # rows of a catalog that have no record yet
+    if State.NOT_CHECKED in failing and (made.history.unfinished or made.last_complete is None or made.age is not None):
+        met.add(State.NOT_CHECKED)  # rows of a catalog that have no record yet, or nights without a run
     if made.history.findings or State.TAMPERED in met:
         raise typer.Exit(_cli.EXIT_TAMPERED)
     if met:
@@ -220,13 +220,15 @@ def _write(made: Report, audits: str, html: str | None, attestations: str | None
         return
     written = 0
     for model_id, statement in exports.summaries(made, storage.absolute(audits)).items():
+        name = exports.attestation_name(model_id, signed=master is not None)
+        path = storage.join(storage.absolute(attestations), name)
         if statement is None:
-            log.warning("no attestation of %s: none of its files could be read", printable(model_id))
+            log.warning("no attestation of %s: none of its files could ever be read", printable(model_id))
             continue
         payload = exports.to_json(statement).encode()
         if master is not None:
             payload = master.envelope(exports.PAYLOAD_TYPE, payload)
-        storage.replace(storage.join(storage.absolute(attestations), exports.attestation_name(model_id)), payload)
+        storage.replace(path, payload)
         written += 1
     signed = "signed" if master is not None else "not signed, as there is no master secret here"
     log.info("wrote %d attestations to %s, %s", written, printable(attestations), signed)

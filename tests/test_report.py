@@ -103,7 +103,7 @@ def test_the_state_of_each_checkpoint_is_its_latest_look_or_not_checked(told):
 
 
 def test_incidents_last_from_the_first_tampered_run_to_the_next_intact_one(told):
-    rows = told.rows("FROM incidents ORDER BY first_number")
+    rows = told.rows("FROM incidents ORDER BY first_tampered_at")
     assert [(row["model_id"], row["first_run"], row["restored_run"]) for row in rows] == [
         ("vision/a", "night-2", "night-4"),
         ("text/c", "night-4", None),
@@ -151,6 +151,41 @@ def test_changes_are_those_of_the_newest_run(tmp_path, before, now, change):
         night(str(tmp_path), f"n-{number}", BEGIN + timedelta(days=number), looks)
     seen = Report(read(str(tmp_path), TRUSTED)).rows("FROM changes")
     assert [(row["model_id"], row["change"]) for row in seen] == ([("m", change)] if change else [])
+
+
+def test_a_run_that_is_resumed_later_has_the_last_word(tmp_path):
+    """What counts is when somebody looked, not when the run began that he looked for."""
+    out, uri = str(tmp_path), "s3://b/m.pt"
+    late = look("m", uri, "beyond", audited_at=BEGIN + timedelta(days=2))
+    night(out, "cut-off", BEGIN, [look("n", "s3://b/n.pt"), late])
+    night(out, "between", BEGIN + timedelta(days=1), [look("n", "s3://b/n.pt"), look("m", uri)])
+    report = Report(read(out, TRUSTED))
+    assert states(report) == {("m", "m.pt"): "tampered", ("n", "n.pt"): "intact"}
+    (incident,) = report.rows("FROM incidents")
+    assert (incident["first_run"], incident["hours_to_detect"], incident["restored_run"]) == ("cut-off", 24, None)
+    assert report.one("newest")["run_id"] == "cut-off"
+    assert [(row["model_id"], row["before"], row["now"]) for row in report.rows("FROM changes")] == [
+        ("m", "intact", "tampered")
+    ]
+    assert exports.summaries(report, out)["m"]["predicate"]["verificationResult"] == "FAILED"
+
+
+def test_a_tampered_checkpoint_stays_so_while_nobody_looks(tmp_path):
+    night(str(tmp_path), "n-0", BEGIN, [look("m", "s3://b/m.pt", "half"), look("n", "s3://b/n.pt")])
+    night(str(tmp_path), "n-1", BEGIN + timedelta(days=1), [look("o", "s3://b/o.pt")])
+    assert states(Report(read(str(tmp_path), TRUSTED))) == {
+        ("m", "m.pt"): "tampered",
+        ("n", "n.pt"): "not_checked",
+        ("o", "o.pt"): "intact",
+    }
+
+
+def test_a_run_that_has_only_begun_hides_no_change(tmp_path):
+    for number, what in enumerate(["intact", "half"]):
+        night(str(tmp_path), f"n-{number}", BEGIN + timedelta(days=number), [look("m", "s3://b/m.pt", what)])
+    night(str(tmp_path), "n-2", BEGIN + timedelta(days=2), [], rows=1)
+    report = Report(read(str(tmp_path), TRUSTED))
+    assert [(row["before"], row["now"]) for row in report.rows("FROM changes")] == [("intact", "tampered")]
 
 
 def test_of_several_records_of_a_checkpoint_the_worst_counts(tmp_path):
@@ -386,6 +421,17 @@ def test_sarif_is_what_its_schema_says(told, sarif_schema, tmp_path):
     for uri in ("s3://b/a b/%41?x#y\x1b", "C:\\x", "/x y/z", "../x", "a://", "\u202e://x", ""):
         assert re.fullmatch(r"[A-Za-z0-9._~:/%@+-]*", exports.reference(uri)), uri
     assert exports.reference("s3://b/m.pt") == "s3://b/m.pt"
+    assert [result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for result in results][:2] == [
+        "acme/fleet/text/c/2.safetensors",
+        "acme/fleet/new.pt",
+    ]
+    assert exports._artifact("/x y/../z") == "x%20y/z"
+    old = str(tmp_path / "old")
+    night(old, "n", datetime.now(UTC) - timedelta(days=3), [look("m", "s3://b/m.pt")])
+    stale = exports.sarif(Report(read(old, TRUSTED)))["runs"][0]
+    assert (stale["results"], stale["invocations"][0]["executionSuccessful"]) == ([], False)
+    code, *_ = run("--audits", old, "--public-key", MASTER.public_key, "--fail-on", "tampered,error,not_checked")
+    assert code == 3
     night(str(tmp_path), "n", datetime.now(UTC), [look("m", "s3://b/m.pt")])
     clean = exports.sarif(Report(read(str(tmp_path), TRUSTED)))
     assert list(sarif_schema.iter_errors(clean)) == []
@@ -402,7 +448,8 @@ def test_attestations_are_signed_statements_for_each_model(out, told, master_fil
     code, _, said = run("--audits", out, "--attestations", str(tmp_path / "made"), "--master-key", master_file)
     assert code == 0, said
     made = {path.name: json.loads(path.read_bytes()) for path in (tmp_path / "made").iterdir()}
-    assert set(made) == {"vision%2Fa.intoto.json", "text%2Fc.intoto.json", "vision%2Fnew.intoto.json"}
+    models = ("vision%2Fa", "vision%2Fgone", "vision%2Fnew", "speech%2Fb", "text%2Fc")
+    assert set(made) == {f"{model}.intoto.json" for model in models}  # of HOSTILE no file was ever read
     results = {}
     for name, envelope in made.items():
         payload = base64.b64decode(envelope["payload"])
@@ -428,7 +475,10 @@ def test_attestations_are_signed_statements_for_each_model(out, told, master_fil
     assert results["vision%2Fa.intoto.json"][1] == [
         {"name": "s3://acme/fleet/vision/a.pt", "digest": {"sha256": digest("vision/a")}}
     ]
-    assert [results[f"{name}.intoto.json"][0] for name in ("text%2Fc", "vision%2Fnew")] == ["FAILED", "FAILED"]
+    assert {results[f"{model}.intoto.json"][0] for model in models[1:]} == {"FAILED"}
+    # Unreadable by now, and not listed any more: the last bytes that were read.
+    assert results["speech%2Fb.intoto.json"][1][0]["digest"] == {"sha256": digest("speech/b")}
+    assert results["vision%2Fgone.intoto.json"][1][0]["digest"] == {"sha256": digest("vision/gone")}
     assert len(results["text%2Fc.intoto.json"][1]) == 2
     (source,) = results["text%2Fc.intoto.json"][2]["inputAttestations"]
     assert "night-4/manifest.json" in source["uri"]
@@ -437,9 +487,12 @@ def test_attestations_are_signed_statements_for_each_model(out, told, master_fil
 def test_nothing_is_attested_of_what_is_not_vouched_for(out, master_file, tmp_path):
     with pytest.raises(ValueError, match="not verified"):
         exports.summaries(Report(read(out, None)), out)
-    code, _, said = run("--audits", out, "--attestations", "x", "--master-key", master_file, "--key", "0" * 16)
-    assert code == 2
-    assert "--key" in said
+    for option, value in (("--key", "0" * 16), ("--since", "2026-11-04"), ("--until", "2026-11-01")):
+        code, _, said = run("--audits", out, "--attestations", "x", "--master-key", master_file, option, value)
+        assert code == 2
+        assert option in said
+    with pytest.raises(ValueError, match="is a part"):
+        exports.summaries(Report(read(out, TRUSTED), Selection(since=date(2026, 11, 4))), out)
     broken = str(tmp_path / "broken")
     story(broken)
     storage.remove(f"{broken}/audits/run_date=2026-11-01/night-1-000000.parquet")
@@ -449,7 +502,7 @@ def test_nothing_is_attested_of_what_is_not_vouched_for(out, master_file, tmp_pa
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "x" * 300, HOSTILE, "-rf", ""])
 def test_attestations_have_harmless_names(name):
-    assert re.fullmatch(r"[A-Za-z0-9_%~-][A-Za-z0-9._%~-]{0,220}", exports.attestation_name(name))
+    assert re.fullmatch(r"[A-Za-z0-9_%~-][A-Za-z0-9._%~-]{0,220}", exports.attestation_name(name, signed=True))
 
 
 # The command
