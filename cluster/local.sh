@@ -27,7 +27,9 @@ def user(name, **rights):
 print(json.dumps({
     "identities": [
         user("local", actions=["Admin", "Read", "Write", "List", "Tagging"]),
-        user("nodes", actions=[], policyNames=["worker", "audit", "embed"]),
+        # Drivers are on the head, and write; all nodes of this one cluster embed, too.
+        user("head", actions=[], policyNames=["worker", "audit", "embed"]),
+        user("node", actions=[], policyNames=["worker", "embed"]),
     ],
     "policies": [{"name": name, "content": content} for name, content in policies.items()],
 }))
@@ -51,14 +53,16 @@ ENV
   # common one, each would unpack the working directory of a job again, under the feet of those that run in it.
   session=$(mktemp -d /tmp/fwm-ray-XXXX)
   echo "$session" >"$out/session"
-  as_nodes=(env -u RAY_ADDRESS AWS_ACCESS_KEY_ID=nodeskey AWS_SECRET_ACCESS_KEY=nodessecret)
-  as_nodes+=(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0) # at their end nothing is to be moved elsewhere, which would take 30 s
+  # At their end nothing is to be moved elsewhere, which would take 30 s.
+  as() { echo env -u RAY_ADDRESS AWS_ACCESS_KEY_ID="$1key" AWS_SECRET_ACCESS_KEY="$1secret" RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0; }
   common=(--block --min-worker-port=0 --max-worker-port=0 --num-cpus=1 --object-store-memory=100000000)
-  background head "${as_nodes[@]}" ray start --head "${common[@]}" --port=$gcs --dashboard-port=$dashboard --temp-dir="$session/0" \
+  # shellcheck disable=SC2046  # several words
+  background head $(as head) ray start --head "${common[@]}" --port=$gcs --dashboard-port=$dashboard --temp-dir="$session/0" \
     --dashboard-agent-listen-port=18294 --metrics-export-port=$metrics
   until_there "Ray's head" grep --quiet "Ray runtime started" "$out/head.log"
   for node in 1 2; do # one after the other: two that start at once take the same ports
-    background "node$node" "${as_nodes[@]}" ray start --address=127.0.0.1:$gcs "${common[@]}" --temp-dir="$session/$node" \
+    # shellcheck disable=SC2046
+    background "node$node" $(as node) ray start --address=127.0.0.1:$gcs "${common[@]}" --temp-dir="$session/$node" \
       --dashboard-agent-listen-port=$((18294 + node)) --metrics-export-port=$((metrics + node))
     until_there "node $node" grep --quiet "Ray runtime started" "$out/node$node.log"
   done
@@ -125,6 +129,7 @@ down() {
 background() {
   local name=$1
   shift
+  rm -f "$out/$name.log" # what the last one said is not what is waited for
   nohup "$@" >"$out/$name.log" 2>&1 </dev/null &
   echo "$! $name" >>"$out/pids"
 }
@@ -142,11 +147,36 @@ until_there() {
   exit 1
 }
 
-case ${1:-all} in
-  up | demo | down) "$1" ;;
-  all)
+# Unless the programs are there: in a virtual environment that is active, say.
+installed() {
+  if ! command -v weed >/dev/null || ! command -v ray >/dev/null; then
     source jobs/venv.sh test
     PATH=$PWD/.venv/bin:$PATH
+  fi
+}
+
+not_twice() {
+  # shellcheck disable=SC2046  # several processes
+  if [[ -s $out/pids ]] && kill -0 $(cut -d " " -f 1 "$out/pids") 2>/dev/null; then
+    echo "it is up already: bash cluster/local.sh down" >&2
+    exit 2
+  fi
+}
+
+case ${1:-all} in
+  up)
+    installed
+    not_twice
+    up
+    ;;
+  demo)
+    installed
+    demo
+    ;;
+  down) down ;;
+  all)
+    installed
+    not_twice
     trap down EXIT
     up
     demo

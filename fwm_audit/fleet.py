@@ -253,7 +253,12 @@ def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[
     _signed_here(described, description, RUN, signer)
     settings = _settings(plan)
     try:
-        return _entered(plan, storage.read(plan.manifest), description, signer)
+        summary = _entered(plan, storage.read(plan.manifest), description, signer)
+        meter = AuditMeter()  # of a driver that was lost, perhaps, before anybody read its metrics
+        meter.add({("error", code): count for code, count in summary.errors.items()})
+        meter.add({(verdict, ""): summary.verdicts[verdict] for verdict in (Verdict.INTACT, Verdict.TAMPERED)})
+        meter.close(complete=True)
+        return summary  # noqa: TRY300 - the path to the end is the one below
     except StorageError as error:
         if error.code is not ErrorCode.OBJECT_MISSING:
             raise
@@ -670,7 +675,9 @@ def _execute(
     writes: deque[Future[bool]] = deque()
     with ThreadPoolExecutor(_IO_THREADS) as pool, closing(dispatcher.records(usable)) as audited:
         for table in pool.map(parts.read, sorted(set(range(run.shards)) - set(plan.missing))):
+            found = Counter(zip(table["verdict"].to_pylist(), table["error_code"].to_pylist(), strict=True))
             verdicts.update(table["verdict"].to_pylist())
+            meter.add({(verdict, code or ""): count for (verdict, code), count in found.items()})
         for task, record in itertools.chain(unusable, audited):
             _log_finding(record)
             meter.count(record)

@@ -1,6 +1,7 @@
 """What Prometheus sees of audits and embeddings, through the endpoint that Ray has on every node.
 
-    fwm_audit_models_total{verdict, error_code}      records made; error_code is "" where there is none
+    fwm_audit_models_total{verdict, error_code}      records of runs, those that a resumed one had, too; the code is ""
+                                                     where there is none
     fwm_audit_carried_total                          those of them that were carried forward
     fwm_audit_bytes_total                            of the checkpoints that were read
     fwm_audit_stage_seconds_total{stage}             of workers: fetch, load, verify
@@ -17,8 +18,11 @@ what they had at its end for as long as its node lives; gauges go some seconds l
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from ray.util import metrics
@@ -28,6 +32,16 @@ from fwm_audit.records import AuditRecord
 #: A record costs the driver some additions; Ray, to which a call takes longer, is told now and then.
 _TELL_EVERY_S: Final = 1.0
 _STAGES: Final = ("fetch", "load", "verify")
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _harmless() -> Iterator[None]:
+    """What an audit found must not depend on whether it could be counted."""
+    try:
+        yield
+    except Exception:
+        log.exception("the metrics were not told")
 
 
 class AuditMeter:
@@ -57,6 +71,10 @@ class AuditMeter:
         self._stages["load"] += record.load_ms or 0.0
         self._stages["verify"] += record.verify_ms or 0.0
 
+    def add(self, counted: Mapping[tuple[str, str], int]) -> None:
+        """Add records that were made before, by their verdict and error code."""
+        self._records.update(counted)
+
     @property
     def due(self) -> bool:
         """Whether it is time to `tell`."""
@@ -65,26 +83,30 @@ class AuditMeter:
     def tell(self, *, queue: int, starting: int, busy: int) -> None:
         """Hand what was counted to Ray, with the state of the dispatcher."""
         self._told = time.monotonic()
-        for (verdict, code), models in self._records.items():
-            self._models.inc(models, {"verdict": verdict, "error_code": code})
-        for stage, milliseconds in self._stages.items():
-            if milliseconds:
-                self._seconds.inc(milliseconds / 1e3, {"stage": stage})
-        if self._read:
-            self._bytes.inc(self._read)
-        if self._forward:
-            self._carried.inc(self._forward)
-        self._records.clear()
-        self._stages = dict.fromkeys(_STAGES, 0.0)
-        self._read = self._forward = 0
-        self._queue.set(queue)
-        self._actors.set(starting, {"state": "starting"})
-        self._actors.set(busy, {"state": "busy"})
+        records, self._records = self._records, Counter()
+        stages, self._stages = self._stages, dict.fromkeys(_STAGES, 0.0)
+        (read, forward), self._read, self._forward = (self._read, self._forward), 0, 0
+        with _harmless():
+            self._queue.set(queue)
+            self._actors.set(starting, {"state": "starting"})
+            self._actors.set(busy, {"state": "busy"})
+            for (verdict, code), models in records.items():
+                if models:
+                    self._models.inc(models, {"verdict": verdict, "error_code": code})
+            if forward:
+                self._carried.inc(forward)
+            # What a worker says of itself could be anything.
+            if read > 0:
+                self._bytes.inc(read)
+            for stage, milliseconds in stages.items():
+                if milliseconds > 0:
+                    self._seconds.inc(milliseconds / 1e3, {"stage": stage})
 
     def close(self, *, complete: bool) -> None:
         """Count the run itself, with whatever was not told yet."""
         self.tell(queue=0, starting=0, busy=0)
-        self._runs.inc(1, {"outcome": "complete" if complete else "incomplete"})
+        with _harmless():
+            self._runs.inc(1, {"outcome": "complete" if complete else "incomplete"})
 
 
 def count_embedded(outcome: str, error_code: str = "") -> None:
@@ -94,5 +116,6 @@ def count_embedded(outcome: str, error_code: str = "") -> None:
         outcome: `published`, `skipped` (it carried its key before) or `failed`.
         error_code: Why it failed.
     """
-    counter = metrics.Counter("fwm_embed_models_total", "Models done with.", ("outcome", "error_code"))
-    counter.inc(1, {"outcome": outcome, "error_code": error_code})
+    with _harmless():
+        counter = metrics.Counter("fwm_embed_models_total", "Models done with.", ("outcome", "error_code"))
+        counter.inc(1, {"outcome": outcome, "error_code": error_code})

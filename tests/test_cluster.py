@@ -288,6 +288,7 @@ def test_clusters_end_or_shrink():
         if "clusterSelector" in spec:
             assert spec["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
             assert not spec.get("shutdownAfterJobFinishes")  # it is not this job's cluster
+            assert not spec.get("backoffLimit")  # the operator refuses it there: no schema says so
         else:
             assert spec["shutdownAfterJobFinishes"] is True
             assert spec["ttlSecondsAfterFinished"] > 0

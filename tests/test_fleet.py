@@ -27,6 +27,7 @@ from fwm_audit.catalog import CatalogEntry, write_catalog
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, UsageError
 from fwm_audit.fleet import AuditJob, AuditWorker, IncompleteError, plan_audit
 from fwm_audit.key import MasterSecret, signed_values
+from fwm_audit.metrics import AuditMeter
 from fwm_audit.records import (
     AuditRecord,
     AuditSettings,
@@ -260,8 +261,31 @@ def test_workers_are_replaced_after_so_many_models(models, monkeypatch):
     assert served.total() == 10
 
 
-def test_a_missing_part_is_audited_again_and_nothing_else(models):
-    """A resume fills the gap: the other parts keep their bytes and times."""
+@pytest.fixture
+def metered(monkeypatch):
+    """What each run has told of records and of its end; that Ray's metrics fail changes nothing else."""
+    told = []
+
+    class Meter(AuditMeter):
+        def __init__(self):
+            super().__init__()
+            self.seen = Counter()
+            self._queue.set = self._runs.inc = None
+
+        def tell(self, **state):
+            self.seen.update(self._records)
+            super().tell(**state)
+
+        def close(self, *, complete):
+            super().close(complete=complete)
+            told.append((dict(+self.seen), complete))
+
+    monkeypatch.setattr(fleet, "AuditMeter", Meter)
+    return told
+
+
+def test_a_missing_part_is_audited_again_and_nothing_else(models, metered):
+    """A resume fills the gap: the other parts keep their bytes and times, and count among what the run found."""
     job = models.job(["ok"] * 10)
     first = run_audit(job, worker=Worker)
     gone = models.parts[1]
@@ -274,6 +298,8 @@ def test_a_missing_part_is_audited_again_and_nothing_else(models):
     entered = Path(first.manifest).parents[2] / "ledger/00000002.json"  # this manifest is another one
     assert after.keys() - before.keys() == {gone, Path(first.manifest), entered}
     assert sorted(row for _, row, _ in models.calls[10:]) == ["4", "5", "6", "7"]
+    run_audit(job, worker=NeverStarts)  # complete by now
+    assert metered == [({("intact", ""): 10}, True)] * 3
 
 
 class Limited(AuditWorker):

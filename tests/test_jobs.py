@@ -241,19 +241,6 @@ def test_a_closed_standard_output_does_not_read_as_tampered(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.ray
-def test_a_model_that_cannot_be_watermarked_is_one_sentence_and_exit_code_3(secret, tmp_path):
-    code, closing, said = job(
-        *("jobs.embed", "--model-id", "m", "--checkpoint", str(tmp_path / "gone.pt"), "--arch", ARCH),
-        *("--keys", str(tmp_path / "keys"), "--allow-factory", "tests", "--master-key", str(secret)),
-    )
-    assert (code, closing) == (3, None)
-    assert "error: " in said
-    assert "gone.pt" in said
-    assert "Traceback" not in said
-    assert not (tmp_path / "keys").exists()
-
-
 @pytest.mark.s3
 def test_a_run_storage_that_refuses_writes_is_told_before_anything_is_computed(s3, secret):
     command = (

@@ -170,6 +170,28 @@ def test_one_job_of_an_id(local, nights):
     assert closing(again.stdout)[-1]["tampered"] == 1
 
 
+def test_a_job_server_that_is_away_is_neither_intact_nor_tampered(local, tmp_path):
+    (tmp_path / "token").write_text("0" * 64)
+    for change in ({"RAY_ADDRESS": "http://127.0.0.1:1"}, {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}):
+        done = local.run("bash", "cluster/nightly.sh", FWM_NIGHT="9", FWM_PATIENCE="1", **change)
+        assert (done.returncode, closing(done.stdout)) == (3, [])
+        assert "does not answer" in done.stderr
+
+
+def test_a_night_that_was_asked_for_wrongly_is_asked_for_again(local, nights):
+    wrong = local.run("bash", "cluster/nightly.sh", FWM_NIGHT="8", FWM_OPTIONS="--nosuchoption")
+    assert wrong.returncode == 2
+    right = local.run("bash", "cluster/nightly.sh", FWM_NIGHT="8", FWM_OPTIONS="--dry-run")
+    assert right.returncode == 0, right.stderr
+    assert "nightly-8-2" in right.stdout
+    assert closing(right.stdout)[-1]["dry_run"] is True
+
+
+def test_it_is_not_started_twice(local):
+    again = local.script("up", 20)
+    assert (again.returncode, "it is up already" in again.stderr) == (2, True)
+
+
 #: 600 checkpoints of the model, and their catalog where the cluster may read it.
 FLEET = """
 import dataclasses
