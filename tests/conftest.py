@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, settings
 
 from tests import seaweed
 
-# How long an example takes is the machine's matter: run.sh lets others go first. Half of the usual examples, as there are
-# many properties, which are run often.
+# How long an example takes is the machine's matter: run.sh lets others go first. Half of the usual examples, as there
+# are many properties, which are run often.
 settings.register_profile("suite", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
