@@ -16,7 +16,6 @@ stamp=.venv/.fwm-$EXTRA
 want=$(cat pyproject.toml cluster/constraints.txt | cksum)
 if [[ ! -f $stamp || $(<"$stamp") != "$want" ]]; then
   echo "installing fwm-audit[$EXTRA] into .venv (a few minutes the first time; PyTorch is large)" >&2
-  # --no-compile: of many thousand modules few are ever imported, and those are compiled then; half a minute less.
-  .venv/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -c cluster/constraints.txt -e ".[$EXTRA]"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c cluster/constraints.txt -e ".[$EXTRA]"
   echo "$want" >"$stamp"
 fi
