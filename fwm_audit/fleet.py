@@ -12,6 +12,7 @@ dies: Ray Data drops the row's block or restarts for ever, `ActorPool` forgets w
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import logging
@@ -191,12 +192,15 @@ class AuditWorker:
         Raises:
             UsageError: This worker has no master secret.
         """
+        gc.disable()  # a fifth of an import is the search for garbage among what it makes, where there is none
         # Here, because the driver imports this module too and has no use for 500 MB of torch and timm.
         import torch  # noqa: PLC0415
 
         from fwm_audit.arithmetic import keep_freed_memory  # noqa: PLC0415
         from fwm_audit.check import Auditor  # noqa: PLC0415
 
+        gc.freeze()  # nor will there be
+        gc.enable()
         keep_freed_memory()
         settings = self._settings
         logs.configure()
