@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,26 +108,43 @@ def _depthwise(
 ) -> Tensor:
     """A sum over the taps, each over the part of the answer where it meets the image."""
     grid = images.permute(0, 2, 3, 1).contiguous()
-    taps = weight[:, 0].permute(1, 2, 0).contiguous()
-    axes = list(zip(grid.shape[1:3], taps.shape, strides, paddings, dilations, strict=False))
-    height, width = ((size + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, gap in axes)
-    answer = grid.new_zeros(()) if bias is None else bias
-    answer = answer.expand(len(grid), height, width, len(weight)).clone()
-    rows, columns = (
-        [_met(size, out, step, tap * gap - pad) for tap in range(kernel)]
-        for (size, kernel, step, pad, gap), out in zip(axes, (height, width), strict=True)
-    )
-    for (i, (above, y)), (j, (left, x)) in itertools.product(enumerate(rows), enumerate(columns)):
-        answer[:, above, left].addcmul_(grid[:, y, x], taps[i, j])
+    count, *sizes, channels = grid.shape
+    kernel = weight.shape[2:]
+    rows, columns = map(_met, sizes, kernel, strides, paddings, dilations)
+    answer = grid.new_empty(count, rows.out, columns.out, channels)
+    if bias is None:
+        answer.zero_()
+    else:
+        answer.copy_(bias)
+    # Views by one call each: a slice for each axis takes as long as what is computed with it.
+    image, row, pixel, _ = grid.stride()
+    steps, places = (image, row * strides[0], pixel * strides[1], 1), answer.stride()
+    taps = iter(weight[:, 0].permute(1, 2, 0).contiguous().flatten(0, 1))
+    for (to_row, from_row, height), (to_column, from_column, width) in itertools.product(rows.taps, columns.taps):
+        tap, shape = next(taps), (count, height, width, channels)
+        if height and width:
+            place = to_row * places[1] + to_column * places[2]
+            start = grid.storage_offset() + from_row * row + from_column * pixel
+            answer.as_strided(shape, places, place).addcmul_(grid.as_strided(shape, steps, start), tap)
     return answer.permute(0, 3, 1, 2)
 
 
-def _met(size: int, out: int, step: int, offset: int) -> tuple[slice, slice]:
-    """Along one axis: the positions of the answer that a tap reaches the image from, and those that it reads."""
-    first = max(0, -(offset // step))
-    last = max(first, min(out, (size - 1 - offset) // step + 1))
-    start = first * step + offset
-    return slice(first, last), slice(start, max(start, start + (last - first - 1) * step + 1), step)
+class _Met(NamedTuple):
+    """Along one axis: positions of the answer; of each tap, the first one that it adds to, where it reads, how many."""
+
+    out: int
+    taps: tuple[tuple[int, int, int], ...]
+
+
+@functools.lru_cache
+def _met(size: int, kernel: int, step: int, pad: int, gap: int) -> _Met:
+    out = (size + 2 * pad - gap * (kernel - 1) - 1) // step + 1
+    taps = []
+    for offset in (tap * gap - pad for tap in range(kernel)):
+        first = max(0, -(offset // step))
+        last = max(first, min(out, (size - 1 - offset) // step + 1))
+        taps.append((first, first * step + offset, last - first))
+    return _Met(out, tuple(taps))
 
 
 def _two(value: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -59,6 +59,17 @@ def test_a_convolution_is_torchs(channels, kernel, stride, padding, dilation, de
     assert torch.equal(seen, named)
 
 
+@pytest.mark.parametrize("size", [(5, 6), (1, 6), (5, 1), (1, 1)])
+def test_a_part_of_a_batch_is_read_where_it_lies(size):
+    layer = nn.Conv2d(16, 16, 3, padding=1, groups=16).double()
+    inputs = torch.randn(3, 16, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = layer(inputs)
+        for part, answer in zip(inputs.split(1), expected.split(1), strict=True):
+            with float64_mode(part):
+                assert (layer(part) - answer).abs().max() < 1e-14
+
+
 @pytest.fixture
 def replaced(monkeypatch):
     """Shapes of the inputs of depthwise convolutions that our own computed."""
