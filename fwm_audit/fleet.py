@@ -67,8 +67,6 @@ _ATTEMPTS: Final = 2
 #: Only the end of a process frees a CUDA context and what native code leaked. Starting the next takes five seconds,
 #: in which two cores audit 500 small models: after a thousand, that would be a tenth of all time.
 _MODELS_PER_ACTOR: Final = 5000
-#: Checkpoints from this size on are audited first, the largest before the others.
-_LARGE_BYTES: Final = 64 << 20
 #: Tasks among which an actor's next one is looked for by the key that it holds.
 _NEAR: Final = 64
 #: What an attack leaves behind, seen or not, ends with the process that met it.
@@ -380,8 +378,7 @@ def _last_run(plan: Plan, run: Run) -> Run | None:
 
 
 def _first_the_large(entry: CatalogEntry) -> int:
-    size = entry.size_bytes or 0
-    return -size if size >= _LARGE_BYTES else 0
+    return -(entry.size_bytes or 0).bit_length()  # copies of one model, whose sizes hardly differ, stay together
 
 
 def _fingerprints(entries: Iterable[CatalogEntry], keys: str) -> dict[str, str | None]:

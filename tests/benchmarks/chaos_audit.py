@@ -61,7 +61,7 @@ TIMEOUT_S, LIMIT_S = 15, 240
 #: For a worker, where an object is to be too large, and the bytes of that.
 ROOM_GIB, TOO_LARGE = 0.25, 300_000_000
 #: And for one that takes all memory, beside other fields: what Ray's own monitor goes by is all that is held.
-EATEN_GIB = 3.0
+EATEN_GIB = 1.0
 #: Intact and tampered copies of the small model.
 COPIES = 24
 #: Faults of the store on one object: a retry has to get through in the end.
