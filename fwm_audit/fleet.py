@@ -1,12 +1,10 @@
 """Audit a fleet: plan what is left, let Ray actors audit one model at a time, commit shard by shard.
 
     plan      catalog -> entries, sealed keys -> fingerprints, stored run.json and parts -> what is missing
-    execute   one model in flight on each actor, exactly one record for each entry, whatever workers do
+    execute   what is missing is given to the `Dispatcher`, which gives one record for each entry
     commit    a part when its shard is complete (create-only), the signed manifest when all parts are there
 
-The dispatcher stands on plain actors and `ray.wait`. The layers above lose the count when a worker
-dies: Ray Data drops the row's block or restarts for ever, `ActorPool` forgets what was pending
-(both measured with Ray 2.60).
+What an interrupted run has stored is left as it is; the same run id goes on from there.
 """
 
 from __future__ import annotations
@@ -19,9 +17,8 @@ import logging
 import math
 import os
 import socket
-import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -31,12 +28,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from fwm_audit import __version__, ledger, logs, storage
 from fwm_audit.catalog import CatalogEntry, read_catalog
 from fwm_audit.compaction import read_run
 from fwm_audit.confinement import allow_seconds, confine, share_of_memory
+from fwm_audit.dispatcher import Dispatcher, Task, nothing
 from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
 from fwm_audit.key import MasterSecret, SessionKey, fingerprint, key_name, signed_values
 from fwm_audit.metrics import AuditMeter
@@ -62,18 +60,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: A model is tried again once when its worker died: the cause may have been a neighbour or the node.
-_ATTEMPTS: Final = 2
-#: Only the end of a process frees a CUDA context and what native code leaked. Starting the next takes five seconds,
-#: in which two cores audit 500 small models: after a thousand, that would be a tenth of all time.
-_MODELS_PER_ACTOR: Final = 5000
-#: Tasks among which an actor's next one is looked for by the key that it holds.
-_NEAR: Final = 64
-#: What an attack leaves behind, seen or not, ends with the process that met it.
-_SUSPICIOUS: Final = frozenset({ErrorCode.CHECKPOINT_UNSAFE, ErrorCode.INTERNAL, ErrorCode.OUT_OF_MEMORY})
-#: Longest wait for an answer before deadlines are looked at again.
-_TICK_S: Final = 1.0
-_PATIENCE_S: Final = 30.0
 _IO_THREADS: Final = 16
 
 #: Who signs a run's files.
@@ -267,7 +253,7 @@ def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[
     verdicts: Counter[str] = Counter()
     meter, complete = AuditMeter(), False
     try:
-        before = _Before(plan, signer.public_key).of if plan.before is not None else _nothing
+        before = _Before(plan, signer.public_key).of if plan.before is not None else nothing
         _execute(plan, settings, before, verdicts, progress, worker, _Parts(plan, description, signer), meter)
         summary = _commit(plan, description, signer)
         complete = True
@@ -417,216 +403,6 @@ def _names_in(folder: str) -> set[str]:
 # ------------------------------------------------------------------------------------------- execute
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    entry: CatalogEntry
-    shard: int
-    attempt: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What one actor is doing: starting (`task` is None), or auditing its `served`-th model.
-
-    `ahead` is the task that is meant for it next, whose file it may fetch meanwhile.
-    """
-
-    actor: Any
-    task: _Task | None = None
-    ahead: _Task | None = None
-    deadline: float = math.inf
-    served: int = 0
-
-
-def _nothing(entry: CatalogEntry) -> None:
-    """Nothing is carried forward."""
-    del entry
-
-
-class _Dispatcher:
-    """Exactly one record for each task. Every actor has one call in flight, or is gone.
-
-    A task is in `_todo`, or meant for an actor as its `ahead`, or in flight.
-    """
-
-    def __init__(
-        self,
-        spawn: Callable[[], Any],
-        settings: AuditSettings,
-        *,
-        actors: int,
-        timeout_s: float,
-        before: Callable[[CatalogEntry], AuditRecord | None] = _nothing,
-        meter: AuditMeter | None = None,
-    ) -> None:
-        self._spawn = spawn
-        self._meter = meter
-        self._before = before
-        self._settings = settings
-        self._actors = actors
-        self._timeout_s = timeout_s
-        self._todo: deque[_Task] = deque()
-        self._calls: dict[ray.ObjectRef[Any], _Call] = {}
-        self._failed_starts = 0
-        self._heard = time.monotonic()
-
-    def records(self, tasks: Iterable[_Task]) -> Generator[tuple[_Task, AuditRecord], None, None]:
-        """Each task with its record, in the order of completion; kills its actors when closed."""
-        self._todo.extend(tasks)
-        unanswered = {task.entry.row for task in self._todo}
-        try:
-            while unanswered:
-                self._staff()
-                for task, record in self._answers():
-                    unanswered.remove(task.entry.row)  # a second record for one row would raise here
-                    yield task, record
-        finally:
-            for call in self._calls.values():
-                ray.kill(call.actor)
-
-    def _staff(self) -> None:
-        """Start actors, though never more than there are models for them."""
-        starting = sum(call.task is None for call in self._calls.values())
-        for _ in range(min(self._actors - len(self._calls), len(self._todo) - starting)):
-            actor = self._spawn()
-            self._calls[actor.start.remote()] = _Call(actor)
-
-    def _answers(self) -> Iterator[tuple[_Task, AuditRecord]]:
-        ready, _ = ray.wait(list(self._calls), timeout=_TICK_S)
-        for ref in ready:
-            self._heard = time.monotonic()
-            call = self._calls.pop(ref)
-            record = self._settle(ref, call)
-            if call.task is not None and record is not None:
-                yield call.task, record
-        if self._meter is not None and self._meter.due:
-            calls = self._calls.values()
-            starting = sum(call.task is None for call in calls)
-            waiting = len(self._todo) + sum(call.ahead is not None for call in calls)
-            self._meter.tell(queue=waiting, starting=starting, busy=len(calls) - starting)
-        now = time.monotonic()
-        for ref, call in list(self._calls.items()):
-            if call.task is not None and call.deadline <= now:
-                if ray.wait([ref], timeout=0)[0]:
-                    continue  # it finished while others were settled or stored: the next round takes it
-                del self._calls[ref]
-                self._let_go(call)
-                # Not tried again: the second try would hold up the fleet for as long as the first.
-                text = f"not audited within {self._timeout_s:g} s, the limit set by --timeout"
-                yield call.task, self._error(call.task, FwmError(ErrorCode.TIMEOUT, text))
-        if now - self._heard > _PATIENCE_S and all(call.task is None for call in self._calls.values()):
-            self._heard = now
-            log.info("no worker yet: %d wait for the cluster to have room for them", len(self._calls))
-
-    def _settle(self, ref: ray.ObjectRef[Any], call: _Call) -> AuditRecord | None:
-        """The record that a finished call gives, if any; its actor goes on or is replaced."""
-        try:
-            record: AuditRecord | None = ray.get(ref)
-        except RayTaskError as error:  # raised in the worker, which lives on
-            cause: Exception = error.cause
-            if isinstance(cause, UsageError):
-                self._let_go(call)
-                raise cause from None
-            if call.task is None:
-                self._start_failed(call, error)
-                return None
-            log.exception("the audit of %s raised; this is a bug", call.task.entry.uri)
-            internal = FwmError(ErrorCode.INTERNAL, f"{type(cause).__name__} in the worker; its log has the rest")
-            record = self._error(call.task, cause if isinstance(cause, FwmError) else internal)
-        except RayError as error:  # the worker is dead, or out of reach and as good as dead
-            if call.task is None:
-                self._start_failed(call, error)
-                return None
-            self._let_go(call)
-            return self._died(call.task, error)
-        if call.task is None:
-            self._failed_starts = 0
-        self._employ(call, suspicious=call.task is not None and record is not None and record.error_code in _SUSPICIOUS)
-        return record
-
-    def _employ(self, call: _Call, *, suspicious: bool) -> None:
-        """Give a ready actor its next model, or let it go."""
-        if suspicious or call.served >= _MODELS_PER_ACTOR:
-            self._let_go(call)
-            return
-        task = call.ahead or self._pick(call.task) or self._steal()
-        if task is None:
-            self._let_go(call)
-            return
-        ahead = self._pick(task) if call.served + 1 < _MODELS_PER_ACTOR else None
-        before = self._before(task.entry)
-        ref = call.actor.audit.remote(
-            task.entry,
-            shard=task.shard,
-            attempt=task.attempt,
-            # Where one is carried forward, the next one is likely to be, and needs no file.
-            ahead=ahead.entry if ahead and before is None else None,
-            before=before,
-        )
-        self._calls[ref] = _Call(call.actor, task, ahead, time.monotonic() + self._timeout_s, call.served + 1)
-
-    def _pick(self, before: _Task | None) -> _Task | None:
-        """Take the next task from those to do; one with the key of `before`, which its actor holds, if that is near."""
-        if not self._todo:
-            return None
-        if before is not None:
-            for number, task in enumerate(itertools.islice(self._todo, _NEAR)):
-                if _key_of(task.entry) == _key_of(before.entry):
-                    del self._todo[number]
-                    return task
-        return self._todo.popleft()
-
-    def _steal(self) -> _Task | None:
-        """Take a task that is meant for a busy actor: the one that has been busy least would come to it last."""
-        waiting = {ref: call for ref, call in self._calls.items() if call.ahead is not None}
-        if not waiting:
-            return None
-        ref = max(waiting, key=lambda ref: waiting[ref].deadline)
-        self._calls[ref] = replace(waiting[ref], ahead=None)
-        return waiting[ref].ahead
-
-    def _let_go(self, call: _Call) -> None:
-        """End an actor; what was meant for it is to do again."""
-        ray.kill(call.actor)
-        if call.ahead is not None:
-            self._todo.appendleft(call.ahead)
-
-    def _died(self, task: _Task, error: RayError) -> AuditRecord | None:
-        """One model was in flight, so it is known which: try it again first, or blame it."""
-        log.warning("worker died on %s (attempt %d): %s", task.entry.uri, task.attempt, _reason(error))
-        if task.attempt < _ATTEMPTS:
-            self._todo.appendleft(replace(task, attempt=task.attempt + 1))
-            return None
-        if isinstance(error, OutOfMemoryError):
-            text = "Ray stopped the worker as its node ran out of memory: give it more, or use fewer --actors"
-            return self._error(task, FwmError(ErrorCode.OUT_OF_MEMORY, text))
-        text = f"the worker died {_ATTEMPTS} times on this model: native code crashed, or its system killed it"
-        return self._error(task, FwmError(ErrorCode.WORKER_DIED, text))
-
-    def _start_failed(self, call: _Call, error: RayError) -> None:
-        """Allow for a lost node, which takes all of its actors along, but not for ever."""
-        ray.kill(call.actor)
-        log.warning("a worker did not start: %s", _reason(error))
-        self._failed_starts += 1
-        if self._failed_starts > 2 * self._actors:
-            raise FwmError(
-                ErrorCode.WORKER_DIED,
-                f"{self._failed_starts} workers in a row did not start: {_reason(error)}",
-            )
-
-    def _error(self, task: _Task, error: FwmError) -> AuditRecord:
-        return error_record(self._settings, task.entry, error, shard=task.shard, attempt=task.attempt)
-
-
-def _key_of(entry: CatalogEntry) -> tuple[str, str]:
-    return entry.model_id, entry.key_id
-
-
-def _reason(error: RayError) -> str:
-    """What Ray says of a failure: the last line, below tracebacks and its inventory of the actor."""
-    return str(error).strip().rpartition("\n")[2]
-
-
 def _settings(plan: Plan) -> AuditSettings:
     job, run = plan.job, plan.run
     return AuditSettings(
@@ -657,14 +433,14 @@ def _execute(
     """Audit the missing shards and write each when it is complete; `verdicts` counts the run's records."""
     job, run = plan.job, plan.run
     # In the order of shards, so that shards are complete early and few records wait in memory.
-    tasks = [_Task(entry, shard) for shard in plan.missing for entry in plan.entries_of(shard)]
+    tasks = [Task(entry, shard) for shard in plan.missing for entry in plan.entries_of(shard)]
     usable = [task for task in tasks if task.entry.problem is None]
     unusable = (
         (task, error_record(settings, task.entry, task.entry.problem, shard=task.shard, attempt=task.attempt))
         for task in tasks
         if task.entry.problem is not None
     )
-    dispatcher = _Dispatcher(
+    dispatcher = Dispatcher(
         _spawner(worker, settings, job.gpus_per_actor),
         settings,
         actors=job.actors or _room_for_actors(job.gpus_per_actor),

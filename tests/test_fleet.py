@@ -22,8 +22,9 @@ import pytest
 import ray
 from ray.exceptions import OutOfMemoryError
 
-from fwm_audit import fleet, ledger, storage
+from fwm_audit import dispatcher, fleet, ledger, storage
 from fwm_audit.catalog import CatalogEntry, write_catalog
+from fwm_audit.dispatcher import Dispatcher, Task
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, UsageError
 from fwm_audit.fleet import AuditJob, AuditWorker, IncompleteError, plan_audit
 from fwm_audit.key import MasterSecret, signed_values
@@ -240,20 +241,19 @@ def test_a_worker_gets_models_of_the_key_that_it_holds(models):
     plan = plan_audit(models.job(["ok"] * 6))
     keys = ["a", "b", "a", "b", "a", "c"]
     tasks = [
-        fleet._Task(dataclasses.replace(e, model_id="m", key_id=key), 0)
-        for e, key in zip(plan.entries, keys, strict=True)
+        Task(dataclasses.replace(e, model_id="m", key_id=key), 0) for e, key in zip(plan.entries, keys, strict=True)
     ]
-    dispatcher = fleet._Dispatcher(None, settings_of(plan), actors=1, timeout_s=1)
-    dispatcher._todo.extend(tasks[1:])
-    picked = [task := dispatcher._pick(tasks[0])]
-    while task := dispatcher._pick(task):
+    one = Dispatcher(None, settings_of(plan), actors=1, timeout_s=1)
+    one._todo.extend(tasks[1:])
+    picked = [task := one._pick(tasks[0])]
+    while task := one._pick(task):
         picked.append(task)
     assert [task.entry.key_id for task in picked] == ["a", "a", "b", "b", "c"]
 
 
 def test_workers_are_replaced_after_so_many_models(models, monkeypatch):
     """Whatever a process leaks is bounded by the models it serves."""
-    monkeypatch.setattr(fleet, "_MODELS_PER_ACTOR", 3)
+    monkeypatch.setattr(dispatcher, "MODELS_PER_ACTOR", 3)
     run_audit(models.job(["ok"] * 10), worker=Worker)
     served = Counter(pid for _, _, pid in models.calls)
     assert max(served.values()) <= 3
@@ -556,12 +556,12 @@ def test_an_unreadable_catalog_is_a_usage_error(models):
 def test_memory_is_blamed_by_name(models):
     """A model whose worker Ray stopped for memory twice is reported as out of memory, not as a crash."""
     plan = plan_audit(models.job(["ok"]))
-    dispatcher = fleet._Dispatcher(None, settings_of(plan), actors=1, timeout_s=1)
-    task = fleet._Task(plan.entries[0], 0)
-    assert dispatcher._died(task, OutOfMemoryError("killed")) is None
-    (again,) = dispatcher._todo
+    one = Dispatcher(None, settings_of(plan), actors=1, timeout_s=1)
+    task = Task(plan.entries[0], 0)
+    assert one._died(task, OutOfMemoryError("killed")) is None
+    (again,) = one._todo
     assert again.attempt == 2
-    assert dispatcher._died(again, OutOfMemoryError("killed")).error_code == "out_of_memory"
+    assert one._died(again, OutOfMemoryError("killed")).error_code == "out_of_memory"
 
 
 def night(models, run_id, acts=("ok",) * 5, **options):

@@ -36,7 +36,7 @@ ROWS = {
         *("history", "report", "exports", "page"),
     },
     "check": {"check"},
-    "ray": {"fleet", "releases", "train", "metrics"},
+    "ray": {"dispatcher", "fleet", "releases", "train", "metrics"},
 }
 FOREIGN = {
     "torch": {"torch", "io", "check", "ray"},

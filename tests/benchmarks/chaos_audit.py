@@ -23,9 +23,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import boto3
 import pyarrow.parquet as pq
@@ -62,6 +62,8 @@ TIMEOUT_S, LIMIT_S = 15, 240
 ROOM_GIB, TOO_LARGE = 0.25, 300_000_000
 #: And for one that takes all memory, beside other fields: what Ray's own monitor goes by is all that is held.
 EATEN_GIB = 1.0
+#: One audit of so many has a file with a payload.
+UNSAFE_IN = 4
 #: Intact and tampered copies of the small model.
 COPIES = 24
 #: Faults of the store on one object: a retry has to get through in the end.
@@ -208,7 +210,7 @@ class Field:
             self._add("conv", f"copy-{number}.safetensors", edited if tampered else released, tampered=tampered)
         for name, data, code in (
             ("cut.safetensors", released[:-100], ErrorCode.CHECKPOINT_CORRUPT.value),
-            ("unsafe.pt", _malicious(small, out / "canary"), ErrorCode.CHECKPOINT_UNSAFE.value),
+            ("unsafe.pt", _pickled(small | {"8.bias": _Payload(out / "canary")}), ErrorCode.CHECKPOINT_UNSAFE.value),
             ("gone.safetensors", None, ErrorCode.OBJECT_MISSING.value),
         ):
             self._add("conv", name, data, error=code)
@@ -219,6 +221,7 @@ class Field:
         self.other = save(large | permuted | {"2.weight": large["2.weight"][:, order].contiguous()})
         self._add("large", "large.safetensors", self.large, arch=LARGE)
         self._put("fleet/full.safetensors", released + bytes(TOO_LARGE))
+        self._put("fleet/safe.pt", _pickled(small))
         self._keys(master)
         self.rows = len(self.entries) + 1  # and a model that misbehaves, or one that does not
 
@@ -288,7 +291,14 @@ class Field:
             # Who begins to read after the replacement, as another worker let go of it, reads another intact file.
             uri = f"s3://{seaweed.BUCKET}/fleet/large.safetensors"
             expected[uri] = {("error", ErrorCode.OBJECT_CHANGED.value), ("intact", None)}
-        entries = random.Random(seed).sample([*self.entries, own], len(self.entries) + 1)
+        entries = [*self.entries, own]
+        if seed % UNSAFE_IN:  # each ends a worker, which would be most of what an audit takes
+            unsafe = next(entry for entry in entries if entry.uri.endswith("unsafe.pt"))
+            safe = replace(unsafe, uri=unsafe.uri.replace("unsafe", "safe"))
+            entries[entries.index(unsafe)] = safe
+            expected[safe.uri] = {("intact", None)}
+            del expected[unsafe.uri]
+        random.Random(seed).shuffle(entries)
         catalog = self.out / f"catalog-{seed}.parquet"
         catalog.write_bytes(write_catalog(entries, catalog.name))
         return str(catalog), expected
@@ -366,13 +376,19 @@ class Field:
         return wrong
 
 
-def _malicious(state: dict[str, torch.Tensor], canary: Path) -> bytes:
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(canary),)
+class _Payload:
+    """Makes a folder where it is unpickled."""
 
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+def _pickled(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    torch.save(state | {"8.bias": Payload()}, buffer, pickle_module=pickle)
+    torch.save(state, buffer, pickle_module=pickle)
     return buffer.getvalue()
 
 

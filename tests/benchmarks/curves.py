@@ -115,13 +115,9 @@ class _Counting(Proxy):
     """Forwards everything and counts it."""
 
     def fault(self, method: str, path: str) -> None:
-        # /BUCKET/FOLDER/..., or /BUCKET?prefix=FOLDER/... of a listing
-        folder = (
-            path.partition("prefix=")[2].replace("%2F", "/")
-            or path.partition("?")[0].partition("/")[2].partition("/")[2]
-        )
-        with self.lock:
-            self.seen.append(f"{'LIST' if '?' in path and method == 'GET' else method} {folder.partition('/')[0]}")
+        folder, _, key = path.removeprefix("/").partition("/")[2].partition("/")
+        with self.lock:  # of the bucket itself, only lists are asked for
+            self.seen.append(f"{method} {folder}" if key else "LIST")
 
 
 def _requests(out: Path, endpoint: str) -> dict[str, object]:

@@ -23,14 +23,16 @@ from typing import Annotated
 
 import typer
 
-from fwm_audit import fleet
 from fwm_audit.check import _AHEAD_BYTES
+from fwm_audit.dispatcher import MODELS_PER_ACTOR
 from fwm_audit.storage import _RANGE_BYTES
 
 _EXAMPLES = """\b
 Examples:
+  python -m tests.benchmarks.fleets
   python -m tests.benchmarks.fleets --curves curves-out/curves.json --speed speed-out/speed.json --gpu-cores 40
 """
+RESULTS = Path(__file__).parent / "results"
 #: Records of one part, and how far a simulation may be off what was measured.
 SHARD, OFF = 64, 0.25
 #: Rows of one driver, from its memory: see the curve.
@@ -102,7 +104,7 @@ def simulate(works: Sequence[Work], cluster: Cluster) -> Outcome:
             took = cluster.call_s + (max(fetch, work.compute_s) if ahead else fetch + work.compute_s)
             took += work.once_s if known != number else 0.0
             busy, end = busy + took, max(end, driver + took)
-            if served + 1 == fleet._MODELS_PER_ACTOR:
+            if served + 1 == MODELS_PER_ACTOR:
                 heapq.heapreplace(free, (driver + took + cluster.worker_start_s, 0, -1))
             else:
                 heapq.heapreplace(free, (driver + took, served + 1, number))
@@ -222,8 +224,8 @@ class Prices:
 @app.command(epilog=_EXAMPLES)
 def fleets(
     *,
-    curves: Annotated[Path, typer.Option(help="What curves.py wrote.")],
-    speed: Annotated[Path, typer.Option(help="What speed.py wrote.")],
+    curves: Annotated[Path, typer.Option(help="What curves.py wrote.")] = RESULTS / "curves.json",
+    speed: Annotated[Path, typer.Option(help="What speed.py wrote.")] = RESULTS / "speed.json",
     gpu_cores: Annotated[float, typer.Option(help="Cores that verify as fast as a GPU; never measured.")] = 20.0,
     network: Annotated[float, typer.Option(help="Bytes/s that the store gives to one worker.")] = 300e6,
     store: Annotated[float, typer.Option(help="Bytes/s that the store gives to all.")] = 50e9,
@@ -276,7 +278,7 @@ def _line(name: str, work: Work, workers: int, here: Cluster, prices: Prices, *,
         if drivers == workers or (outcome.driver < 0.8 and share.count <= MOST_ROWS):
             break
         # What a driver would have to do in the time that its workers need at least.
-        least = max(share.count * max(work.compute_s, work.fetch_s) / each, 1e-9)
+        least = share.count * (here.call_s + max(work.compute_s, work.fetch_s, 1e-9)) / each
         needed = max(share.count * here.driver_s / least / 0.8, share.count / MOST_ROWS, 1.01)
         drivers = min(workers, math.ceil(drivers * needed))
     asked = requests(work.count, work.bytes, workers=workers, keys=max(1, work.count // 100))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fwm_audit import fleet
-from tests.benchmarks.fleets import Cluster, Work, requests, simulate
+from fwm_audit.dispatcher import MODELS_PER_ACTOR
+from tests.benchmarks.fleets import OFF, RESULTS, Cluster, Work, points, requests, simulate
 
 seconds = st.floats(0.0, 10.0)
 works = st.lists(st.builds(Work, st.integers(1, 40), st.integers(0, 1 << 28), seconds, seconds), min_size=1, max_size=3)
@@ -41,13 +43,40 @@ def test_workers_divide_the_work_until_the_driver_is_busy():
 
 
 def test_workers_are_replaced():
-    count = 2 * fleet._MODELS_PER_ACTOR + 1
+    count = 2 * MODELS_PER_ACTOR + 1
     work = [Work(count, 0, 0.0, 0.1)]
     kept, replaced = (simulate(work, Cluster(1, 0.0, 0.0, 0.0, pause, math.inf)).seconds for pause in (0.0, 7.0))
     assert replaced - kept == pytest.approx(14)
 
 
+CURVES, SPEED = (json.loads((RESULTS / name).read_text()) for name in ("curves.json", "speed.json"))
+
+
 def test_requests_are_those_that_a_proxy_counted():
-    """Of 200 small models whose keys were local: 209 GET and HEAD, 11 PUT and LIST."""
-    assert requests(200, 814_416, workers=2, keys=0) == {"get": 209, "put": 11}
+    """Whose keys were local, and whose models one range each."""
+    seen = CURVES["requests"]
+    counted = {"get": 0, "put": 0}
+    for name, count in seen["counted"].items():
+        counted["get" if name.split()[0] in ("GET", "HEAD") else "put"] += count
+    expected = requests(seen["models"], 814_416, workers=seen["workers"], keys=0)
+    assert counted["put"] == expected["put"]
+    # A worker that had nothing left to do took a model whose file another one had begun to fetch.
+    assert expected["get"] <= counted["get"] <= expected["get"] + seen["workers"]
     assert requests(200, 40 << 20, workers=2, keys=0)["get"] == 609
+
+
+def test_the_simulation_meets_what_was_measured():
+    """Rows, sizes, numbers of workers, and the classes of checkpoints, of which the last is all of them together."""
+    seen = points(CURVES, SPEED)
+    assert len(seen) == 18
+    assert {name: simulated / took for name, took, simulated in seen if abs(simulated / took - 1) > OFF} == {}
+
+
+def test_a_model_of_other_costs_would_not():
+    """Of a driver that takes twice as long for a record, for one."""
+    slow = copy.deepcopy(CURVES)
+    for point in slow["rows"]:
+        point["rate"] /= 2
+    measured = {name: took for name, took, _ in points(CURVES, SPEED)}
+    off = [name for name, _, simulated in points(slow, SPEED) if abs(simulated / measured[name] - 1) > OFF]
+    assert "100000 rows of no work" in off
