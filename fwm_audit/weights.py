@@ -109,7 +109,8 @@ def load(
             owner.data = given
             stored.append(owner)
         else:
-            owner.data = given.to(device, copy=True).to(owner.dtype)
+            on_cpu = device.type == "cpu"  # to a GPU, values travel as narrow as they are
+            owner.data = given.to(device, owner.dtype if on_cpu else None, copy=True).to(owner.dtype)
         placed[name] = owner.data_ptr()
     for name, held in model.state_dict().items():
         exact = held.is_floating_point() or held.dtype is tensors[name].dtype
