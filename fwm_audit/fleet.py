@@ -548,16 +548,23 @@ class _Parts:
         """The rows of a stored part.
 
         Raises:
-            UsageError: No driver of this run wrote it.
+            UsageError: No driver of this run wrote it, or one that worked in another order.
         """
-        return self.checked(self._plan.run.part(shard), storage.read(self._plan.locate(self._plan.run.part(shard))))
+        return self.checked(shard, storage.read(self._plan.locate(self._plan.run.part(shard))))
 
-    def checked(self, name: str, data: bytes) -> pa.Table:
+    def checked(self, shard: int, data: bytes) -> pa.Table:
         """As `read`, of a part that has been read."""
+        name = self._plan.run.part(shard)
         try:
-            return signed_part(data, name, self._run_sha256, [self._signer.public_key])
+            table = signed_part(data, name, self._run_sha256, [self._signer.public_key])
         except ValueError as error:
             raise _foreign(self._plan.locate(name), error) from None
+        if table["uri"].to_pylist() != [entry.uri for entry in self._plan.entries_of(shard)]:
+            raise UsageError(
+                f"{self._plan.locate(name)} has the records of other rows of the catalog than this version would put "
+                "there: resume the run with the version that began it, or start a new one with a new --run-id"
+            )
+        return table
 
 
 def _signed_here(uri: str, data: bytes, kind: str, signer: Signer) -> dict[str, Any]:
@@ -583,8 +590,8 @@ def _commit(plan: Plan, description: bytes, signer: Signer) -> Summary:
     with ThreadPoolExecutor(_IO_THREADS) as pool:
         parts = dict(zip(names, pool.map(storage.read, map(plan.locate, names)), strict=True))
     signed = _Parts(plan, description, signer)
-    for name, data in parts.items():
-        signed.checked(name, data)
+    for shard, data in enumerate(parts.values()):
+        signed.checked(shard, data)
     storage.create(plan.manifest, signer.sign(MANIFEST, manifest(plan.run, description, parts)))
     return _entered(plan, storage.read(plan.manifest), description, signer)
 

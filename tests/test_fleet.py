@@ -383,6 +383,17 @@ def test_a_part_of_another_run_stands_for_none_of_this_one(models):
         run_audit(models.job(["ok"] * 4), worker=Worker)
 
 
+def test_a_run_that_was_begun_in_another_order_is_not_gone_on_with(models, monkeypatch):
+    """As many records as rows are not enough: each row has to have its own."""
+    sizes = [1, 2, 4, 8, 16, 32]
+    job = models.job(["ok"] * 6, sizes=sizes)
+    Path(run_audit(job, worker=Worker).manifest).unlink()
+    models.parts[-1].unlink()
+    monkeypatch.setattr(fleet, "_first_the_large", lambda entry: entry.row)
+    with pytest.raises(UsageError, match="records of other rows of the catalog"):
+        run_audit(job, worker=Worker)
+
+
 @pytest.mark.parametrize("kind", ["run.json", "manifest.json"])
 def test_a_run_or_manifest_that_no_driver_signed_is_refused(models, kind):
     job = models.job(["ok"] * 3)
