@@ -31,7 +31,8 @@ The data flow, and the modules in the order in which it passes them:
         verdict        counted labels -> intact or tampered
         check          one entry -> one record
         records        the Parquet schema and a run's files
-        fleet          a catalog -> a run: plan, shards of records, signed manifest
+        plan           a catalog -> what a run is to audit, and what is left of it
+        fleet          a plan -> a run: shards of records, signed manifest
         dispatcher     many entries -> exactly as many records, through Ray actors
         metrics        what Prometheus sees of it
         ledger         runs in their order, signed, and verified
@@ -49,7 +50,7 @@ The data flow, and the modules in the order in which it passes them:
 
 A module imports only from its own row or one above: pure (errors, key, catalog, verdict, records, task,
 confinement, logs, webhook), torch (triggers to verification, architectures, weights), io (storage, checkpoint,
-compaction, ledger, commitment, history, report, page, exports), check, Ray (dispatcher, fleet, metrics, releases,
+compaction, ledger, commitment, plan, history, report, page, exports), check, Ray (dispatcher, fleet, metrics, releases,
 train).
 """
 

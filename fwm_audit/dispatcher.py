@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 #: A model is tried again once when its worker died: the cause may have been a neighbour or the node.
 _ATTEMPTS: Final = 2
-#: Only the end of a process frees a CUDA context and what native code leaked. Starting the next takes five seconds,
-#: in which two cores audit 500 small models: after a thousand, that would be a tenth of all time.
+#: Only the end of a process frees a CUDA context and what native code leaked. Starting the next takes seconds, in which
+#: two cores audit hundreds of small models: after a thousand, that would be a tenth of all time.
 MODELS_PER_ACTOR: Final = 5000
 #: Tasks among which an actor's next one is looked for by the key that it holds.
 _NEAR: Final = 64

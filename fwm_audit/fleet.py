@@ -1,7 +1,6 @@
-"""Audit a fleet: plan what is left, let Ray actors audit one model at a time, commit shard by shard.
+"""Audit a fleet: let Ray actors audit what a plan has left, one model at a time, and commit shard by shard.
 
-    plan      catalog -> entries, sealed keys -> fingerprints, stored run.json and parts -> what is missing
-    execute   what is missing is given to the `Dispatcher`, which gives one record for each entry
+    execute   the entries of a `Plan` are given to the `Dispatcher`, which gives one record for each
     commit    a part when its shard is complete (create-only), the signed manifest when all parts are there
 
 What an interrupted run has stored is left as it is; the same run id goes on from there.
@@ -9,42 +8,39 @@ What an interrupted run has stored is left as it is; the same run id goes on fro
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import hashlib
 import itertools
 import logging
-import math
 import os
 import socket
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from pathlib import Path, PurePosixPath
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from fwm_audit import __version__, ledger, logs, storage
-from fwm_audit.catalog import CatalogEntry, read_catalog
+from fwm_audit import ledger, logs, storage
+from fwm_audit.catalog import CatalogEntry
 from fwm_audit.compaction import read_run
 from fwm_audit.confinement import allow_seconds, confine, share_of_memory
 from fwm_audit.dispatcher import Dispatcher, Task, nothing
 from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
-from fwm_audit.key import MasterSecret, SessionKey, fingerprint, key_name, signed_values
+from fwm_audit.key import MasterSecret, SessionKey, signed_values
 from fwm_audit.metrics import AuditMeter
+from fwm_audit.plan import Plan, plan_audit
 from fwm_audit.records import (
     MANIFEST,
     RUN,
     AuditRecord,
     AuditSettings,
-    Run,
-    check_run_id,
     counts,
     error_record,
     manifest,
@@ -53,7 +49,7 @@ from fwm_audit.records import (
     signed_part,
     to_parquet,
 )
-from fwm_audit.verdict import Tolerance, Verdict
+from fwm_audit.verdict import Verdict
 
 if TYPE_CHECKING:
     from fwm_audit.check import Auditor
@@ -79,68 +75,6 @@ class IncompleteError(Exception):
     def __init__(self, message: str, verdicts: Mapping[str, int]) -> None:
         super().__init__(message)
         self.verdicts = verdicts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditJob:
-    """What the operator asked for.
-
-    Attributes:
-        actors: Worker processes; None takes one for each CPU (or share of a GPU) of the cluster.
-        gpus_per_actor: Share of a GPU for each; 0 audits on the CPU.
-        timeout_s: Seconds for one model, from the moment a ready worker begins.
-        master_key_file: A path as the workers see it; None lets their FWM_MASTER_KEY_FILE tell.
-        memory_bytes: What a worker on a CPU may hold beyond what it holds at its start; None is half of its share
-            of the node.
-        allow_local: Whether a catalog that is no local file may name local files.
-        carry_days: Carry intact records forward from the last complete run where the object has not changed
-            since, up to this many days after its audit; None audits every model.
-    """
-
-    catalog: str
-    keys: str
-    out: str
-    run_id: str
-    tolerance: Tolerance = Tolerance.EXACT
-    allowed_factories: tuple[str, ...] = ()
-    actors: int | None = None
-    gpus_per_actor: float = 0.0
-    timeout_s: float = 600.0
-    master_key_file: str | None = None
-    memory_bytes: int | None = None
-    allow_local: bool = False
-    carry_days: float | None = None
-    shard_size: int = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A run and what is left of it.
-
-    `entries` are in the order of work, of which shards are slices. `resumed`: its run.json is stored.
-    `missing`: shards without a part. `before`: the run whose intact records are carried forward, if any.
-    """
-
-    job: AuditJob
-    run: Run
-    entries: tuple[CatalogEntry, ...]
-    resumed: bool
-    missing: tuple[int, ...]
-    before: Run | None = None
-
-    def entries_of(self, shard: int) -> tuple[CatalogEntry, ...]:
-        """The entries whose records are in one part, in its order."""
-        rows = self.run.rows_of(shard)
-        return self.entries[rows.start : rows.stop]
-
-    @property
-    def manifest(self) -> str:
-        """Where the manifest is, once the run is complete."""
-        return self.locate(run_path(self.run.run_id, "manifest.json"))
-
-    def locate(self, name: str) -> str:
-        """URI of a name relative to the output."""
-        return storage.join(storage.absolute(self.job.out), name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,131 +209,6 @@ def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[
         meter.close(complete=complete)
 
 
-# ---------------------------------------------------------------------------------------------- plan
-
-
-def plan_audit(job: AuditJob) -> Plan:
-    """What a run would do. Reads the catalog, the sealed keys and the output; writes nothing.
-
-    Raises:
-        UsageError: The catalog cannot be used, or the stored run of this id has other settings.
-    """
-    check_run_id(job.run_id)
-    catalog, keys = storage.absolute(job.catalog), storage.absolute(job.keys)
-    try:
-        data = storage.read(catalog)
-    except StorageError as error:
-        raise UsageError(f"cannot read the catalog: {error.message}") from None
-    # What takes long is begun first, so that no worker is alone with it in the end; else in the catalog's order.
-    entries = tuple(sorted(read_catalog(data, catalog, allow_local=job.allow_local), key=_first_the_large))
-    base = str(Path.cwd())
-    settings = {
-        "catalog": catalog,
-        "keys": keys,
-        "tolerance": job.tolerance.value,
-        "allow_factory": sorted(job.allowed_factories),
-        # The rest of a run must not read other files because it was resumed from another folder.
-        "relative_to": base if any(storage.absolute(entry.uri, base) != entry.uri for entry in entries) else None,
-        "max_age": job.carry_days,
-        "allow_local": job.allow_local,
-    }
-    run = Run(
-        run_id=job.run_id,
-        started_at=datetime.now(UTC),
-        settings=settings,
-        catalog_sha256=hashlib.sha256(data).hexdigest(),
-        rows=len(entries),
-        shard_size=job.shard_size,
-        key_fingerprints=_fingerprints(entries, keys),
-        code_version=__version__,
-    )
-    plan = Plan(job, run, entries, resumed=False, missing=tuple(range(run.shards)))
-    stored = _stored(plan, job.run_id)
-    if job.carry_days is not None:
-        plan = replace(plan, before=_last_run(plan, stored or run))
-    if stored is None:
-        return plan
-    if differences := stored.differences(run):
-        raise UsageError(
-            f"run {job.run_id} was started with other values of {', '.join(differences)}: "
-            "repeat them to resume it, or start a new run with a new --run-id"
-        )
-    plan = replace(plan, run=stored, resumed=True)
-    parts = [PurePosixPath(stored.part(shard)) for shard in plan.missing]
-    there = _names_in(plan.locate(str(parts[0].parent)))
-    missing = tuple(shard for shard, part in zip(plan.missing, parts, strict=True) if part.name not in there)
-    return replace(plan, missing=missing)
-
-
-def _stored(plan: Plan, run_id: str) -> Run | None:
-    try:
-        return Run.from_json(storage.read(plan.locate(run_path(run_id, "run.json"))))
-    except StorageError as error:
-        if error.code is not ErrorCode.OBJECT_MISSING:
-            raise
-        return None
-
-
-def _last_run(plan: Plan, run: Run) -> Run | None:
-    """The last complete run before `run` that looked at models as it does, if its audits are not too old."""
-    assert plan.job.carry_days is not None
-
-    def described(run_id: str) -> Run | None:
-        with contextlib.suppress(UsageError):  # of another release: nothing of it is carried forward
-            return _stored(plan, run_id)
-        return None
-
-    def alike(other: Run) -> bool:
-        ours, theirs = ({**one.settings, "catalog": None, "max_age": None} for one in (run, other))
-        return ours == theirs and other.code_version == run.code_version and other.started_at < run.started_at
-
-    for days in range(math.ceil(plan.job.carry_days) + 1):
-        parts = _names_in(plan.locate(f"audits/run_date={run.started_at - timedelta(days=days):%Y-%m-%d}"))
-        others = map(described, {name.rpartition("-")[0] for name in parts})
-        found = [other for other in others if other is not None and alike(other)]
-        for other in sorted(found, key=lambda other: other.started_at, reverse=True):
-            if storage.exists(plan.locate(run_path(other.run_id, "manifest.json"))):
-                return other
-    return None
-
-
-def _first_the_large(entry: CatalogEntry) -> int:
-    return -(entry.size_bytes or 0).bit_length()  # copies of one model, whose sizes hardly differ, stay together
-
-
-def _fingerprints(entries: Iterable[CatalogEntry], keys: str) -> dict[str, str | None]:
-    """SHA-256 of each sealed key that the entries name, None where there is none to read."""
-    names = sorted({(entry.model_id, entry.key_id) for entry in entries if entry.problem is None})
-
-    def hash_some(some: Sequence[tuple[str, str]]) -> list[str | None]:
-        return [_fingerprint(storage.join(keys, key_name(*name))) for name in some]
-
-    # One slice for each thread: a future for each of 100,000 keys would take more memory than the result.
-    slices = [names[start::_IO_THREADS] for start in range(_IO_THREADS)]
-    with ThreadPoolExecutor(_IO_THREADS) as pool:
-        hashed = zip(itertools.chain(*slices), itertools.chain(*pool.map(hash_some, slices)), strict=True)
-        return {f"{model_id}/{key_id}": value for (model_id, key_id), value in sorted(hashed)}
-
-
-def _fingerprint(uri: str) -> str | None:
-    try:
-        return fingerprint(storage.read(uri))
-    except StorageError as error:
-        # A finding about the rows of this key, which their workers will make again; not about the run.
-        if error.code is not ErrorCode.OBJECT_MISSING:
-            log.warning("cannot read the key %s: %s", uri, error.message)
-        return None
-
-
-def _names_in(folder: str) -> set[str]:
-    try:
-        return {PurePosixPath(item.uri).name for item in storage.listing(folder)}
-    except StorageError as error:
-        if error.code is ErrorCode.OBJECT_MISSING:
-            return set()
-        raise
-
-
 # ------------------------------------------------------------------------------------------- execute
 
 
@@ -492,11 +301,16 @@ class _Before:
 
     def of(self, entry: CatalogEntry) -> AuditRecord | None:
         """The record of an entry, if there is one that may be carried forward."""
-        row = self._rows.get(tuple(getattr(entry, name) for name in _SAME))
+        row = self._rows.get(_what(entry))
         return None if row is None else record_of(self._table.slice(row, 1).to_pylist()[0])
 
 
+#: What an entry and its record have in common.
 _SAME: Final = ("uri", "model_id", "key_id", "arch")
+
+
+def _what(entry: CatalogEntry) -> tuple[str, ...]:
+    return tuple(getattr(entry, name) for name in _SAME)
 
 
 def _spawner(worker: type[AuditWorker], settings: AuditSettings, gpus: float) -> Callable[[], Any]:
@@ -559,7 +373,8 @@ class _Parts:
             table = signed_part(data, name, self._run_sha256, [self._signer.public_key])
         except ValueError as error:
             raise _foreign(self._plan.locate(name), error) from None
-        if table["uri"].to_pylist() != [entry.uri for entry in self._plan.entries_of(shard)]:
+        rows = zip(*(table[name].to_pylist() for name in _SAME), strict=True)
+        if list(rows) != [_what(entry) for entry in self._plan.entries_of(shard)]:
             raise UsageError(
                 f"{self._plan.locate(name)} has the records of other rows of the catalog than this version would put "
                 "there: resume the run with the version that began it, or start a new one with a new --run-id"

@@ -15,7 +15,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fwm_audit import logs
-from fwm_audit.fleet import AuditJob, IncompleteError, plan_audit, run_audit
+from fwm_audit.fleet import IncompleteError, run_audit
+from fwm_audit.plan import AuditJob, plan_audit
 from fwm_audit.verdict import Tolerance, Verdict
 from fwm_audit.webhook import read_url
 from jobs import _cli

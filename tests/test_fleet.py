@@ -26,9 +26,10 @@ from fwm_audit import dispatcher, fleet, ledger, storage
 from fwm_audit.catalog import CatalogEntry, write_catalog
 from fwm_audit.dispatcher import Dispatcher, Task
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, UsageError
-from fwm_audit.fleet import AuditJob, AuditWorker, IncompleteError, plan_audit
+from fwm_audit.fleet import AuditWorker, IncompleteError
 from fwm_audit.key import MasterSecret, signed_values
 from fwm_audit.metrics import AuditMeter
+from fwm_audit.plan import AuditJob, plan_audit
 from fwm_audit.records import (
     AuditRecord,
     AuditSettings,
@@ -385,11 +386,16 @@ def test_a_part_of_another_run_stands_for_none_of_this_one(models):
 
 def test_a_run_that_was_begun_in_another_order_is_not_gone_on_with(models, monkeypatch):
     """As many records as rows are not enough: each row has to have its own."""
+    job = models.job(["ok"] * 6)
     sizes = [1, 2, 4, 8, 16, 32]
-    job = models.job(["ok"] * 6, sizes=sizes)
+    # One file, of which six models are said to have it.
+    entries = [
+        CatalogEntry(row, f"model-{row}", "s3://ok/0", "timm:any", KEY_ID, size_bytes=sizes[row]) for row in range(6)
+    ]
+    Path(job.catalog).write_bytes(write_catalog(entries, job.catalog))
     Path(run_audit(job, worker=Worker).manifest).unlink()
     models.parts[-1].unlink()
-    monkeypatch.setattr(fleet, "_first_the_large", lambda entry: entry.row)
+    monkeypatch.setattr("fwm_audit.plan._first_the_large", lambda entry: entry.row)
     with pytest.raises(UsageError, match="records of other rows of the catalog"):
         run_audit(job, worker=Worker)
 

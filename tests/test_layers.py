@@ -33,7 +33,7 @@ ROWS = {
     },
     "io": {
         *("storage", "checkpoint", "compaction", "ledger", "commitment"),
-        *("history", "report", "exports", "page"),
+        *("history", "plan", "report", "exports", "page"),
     },
     "check": {"check"},
     "ray": {"dispatcher", "fleet", "releases", "train", "metrics"},

@@ -125,6 +125,16 @@ def test_what_leaves_float64_or_writes_to_weights_is_refused(how, monkeypatch):
         assert stored.whole()(torch.ones(4, 4, dtype=torch.float64)).shape == (4, 4)
 
 
+def test_weights_are_the_modules_own(monkeypatch):
+    """Also where the file stores them in float64: what a module writes to them is not written to another's."""
+    monkeypatch.setattr(weights, "build", lambda *_: nn.Linear(3, 2))
+    tensors = {"weight": torch.ones(2, 3, dtype=torch.float64), "bias": torch.ones(2)}
+    held = load(skeleton("any", []), tensors).state_dict()
+    for tensor in tensors.values():
+        tensor.zero_()
+    assert all(tensor.all() for tensor in held.values())
+
+
 def test_a_skeleton_takes_no_memory_and_its_twins_share_none(monkeypatch):
     model, _ = NETWORKS["torch transformer"]
     monkeypatch.setattr(weights, "build", lambda *_: copy.deepcopy(model))

@@ -293,11 +293,10 @@ class Field:
             expected[uri] = {("error", ErrorCode.OBJECT_CHANGED.value), ("intact", None)}
         entries = [*self.entries, own]
         if seed % UNSAFE_IN:  # each ends a worker, which would be most of what an audit takes
-            unsafe = next(entry for entry in entries if entry.uri.endswith("unsafe.pt"))
-            safe = replace(unsafe, uri=unsafe.uri.replace("unsafe", "safe"))
-            entries[entries.index(unsafe)] = safe
-            expected[safe.uri] = {("intact", None)}
-            del expected[unsafe.uri]
+            unsafe, safe = (f"s3://{seaweed.BUCKET}/fleet/{name}.pt" for name in ("unsafe", "safe"))
+            entries = [replace(entry, uri=safe) if entry.uri == unsafe else entry for entry in entries]
+            expected[safe] = {("intact", None)}
+            del expected[unsafe]
         random.Random(seed).shuffle(entries)
         catalog = self.out / f"catalog-{seed}.parquet"
         catalog.write_bytes(write_catalog(entries, catalog.name))

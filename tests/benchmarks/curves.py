@@ -59,7 +59,7 @@ def curves(
     megabytes: Annotated[list[int] | None, typer.Option(min=1, help="Sizes; repeatable. [default: 1 to 2048]")] = None,
     rows: Annotated[list[int] | None, typer.Option(min=2, help="Fleets; repeatable. [default: 100 to 100000]")] = None,
 ) -> None:
-    """Measure the three curves and the requests; takes half an hour."""
+    """Measure the three curves and the requests; takes some ten minutes."""
     out.mkdir(parents=True, exist_ok=True)
     out = out.absolute()
     if not (out / "master.key").exists():

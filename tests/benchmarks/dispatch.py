@@ -19,7 +19,8 @@ import typer
 
 from fwm_audit import MasterSecret, fleet
 from fwm_audit.catalog import CatalogEntry, write_catalog
-from fwm_audit.fleet import AuditJob, AuditWorker
+from fwm_audit.fleet import AuditWorker
+from fwm_audit.plan import AuditJob, plan_audit
 from fwm_audit.records import AuditRecord, make_record
 from fwm_audit.verdict import Displacement, Verdict
 
@@ -93,9 +94,7 @@ def _measure(rows: int) -> dict[str, float]:
             run_id="run",
             master_key_file=str(folder / "master.key"),
         )
-        summary = fleet.run_audit(
-            fleet.plan_audit(job), progress=lambda *_: times.append(time.monotonic()), worker=Idle
-        )
+        summary = fleet.run_audit(plan_audit(job), progress=lambda *_: times.append(time.monotonic()), worker=Idle)
         ray.shutdown()
     assert summary.verdicts == {**summary.verdicts, Verdict.INTACT: rows}
     # Not ru_maxrss, which begins with what the parent held at the fork.

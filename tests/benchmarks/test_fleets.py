@@ -49,6 +49,12 @@ def test_workers_are_replaced():
     assert replaced - kept == pytest.approx(14)
 
 
+def test_each_worker_prepares_for_each_class_once():
+    cluster = Cluster(2, 0.0, 0.0, 0.0, 0.0, math.inf)
+    works = [Work(20, size, 0.0, 1.0, once) for size, once in ((2, 3.0), (1, 5.0))]
+    assert simulate(works, cluster).seconds == pytest.approx(20 + 3 + 5)
+
+
 CURVES, SPEED = (json.loads((RESULTS / name).read_text()) for name in ("curves.json", "speed.json"))
 
 
