@@ -23,7 +23,10 @@ _CHANNELS: Final = 16
 #: Of malloc.h.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-_KEPT_BYTES: Final = 64 << 20
+#: The first that this C library takes; before glibc 2.35 the second is the most.
+_BLOCK_BYTES: Final = (64 << 20, 32 << 20)
+#: What the activations of one pass take, and more.
+_KEPT_BYTES: Final = 256 << 20
 
 
 def float64_mode(batch: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -37,11 +40,12 @@ def keep_freed_memory() -> None:
     """Let this process use memory again that it freed, instead of giving it back and faulting its pages in anew.
 
     glibc returns large blocks at once, and each pass allocates its activations afresh: on EfficientNet-Lite0
-    that makes 7,000 page faults for each image. Blocks above 64 MiB, which weights are, are still returned.
+    that makes 7,000 page faults for each image. Blocks above 64 MiB, which weights are, are still returned, and
+    of what smaller ones leave free all but 256 MiB.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # other C libraries do as they do
-        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        any(libc.mallopt(_M_MMAP_THRESHOLD, size) for size in _BLOCK_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
