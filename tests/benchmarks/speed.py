@@ -207,7 +207,7 @@ def _download(uris: list[str]) -> int:
         return sum(pool.map(get, uris))
 
 
-def _passes(what: dict[str, object], threads: int = 1, seconds: float = 10.0) -> float:
+def _passes(what: dict[str, object], threads: int = 1, seconds: float = 20.0) -> float:
     """Float64 forward passes in a second, by PyTorch's own kernels or ours, in the best of several batch sizes."""
     torch.set_num_threads(threads)
     keep_freed_memory()
