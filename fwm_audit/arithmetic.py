@@ -23,7 +23,7 @@ _CHANNELS: Final = 16
 #: Of malloc.h.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-#: The first that this C library takes; before glibc 2.35 the second is the most.
+#: The first that this C library takes: mallopt(3) allows 32 MiB at most, glibc 2.36 takes more.
 _BLOCK_BYTES: Final = (64 << 20, 32 << 20)
 #: What the activations of one pass take, and more.
 _KEPT_BYTES: Final = 256 << 20

@@ -8,6 +8,7 @@ parts of complete runs, compared with their manifests on the way; the parts stay
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -22,7 +23,7 @@ import pyarrow as pa
 from fwm_audit import storage
 from fwm_audit.errors import UsageError
 from fwm_audit.key import signed_values
-from fwm_audit.records import MANIFEST, from_parquet, run_path, table_to_parquet
+from fwm_audit.records import MANIFEST, Run, from_parquet, run_path, table_to_parquet
 
 _THREADS: Final = 16
 _PART: Final = re.compile(r"/audits/run_date=(\d{4}-\d\d-\d\d)/(.+)-\d+\.parquet$")
@@ -61,6 +62,13 @@ def compact(out: str, until: date | None = None, public_key: str | None = None) 
     for item in storage.listing(storage.join(out, "audits")):
         if (name := _PART.search(item.uri)) is not None:
             runs.setdefault(date.fromisoformat(name[1]), set()).add(name[2])
+    # One without a part yet, too: what it is still to write belongs to the day on which it began.
+    known = {item.uri for item in storage.listing(storage.join(out, "runs"))}
+    for uri in known:
+        if uri.endswith("/run.json") and uri.removesuffix("run.json") + "manifest.json" not in known:
+            with contextlib.suppress(UsageError):  # another release's, which this one cannot resume
+                run = Run.from_json(storage.read(uri))
+                runs.setdefault(run.started_at.astimezone(UTC).date(), set()).add(run.run_id)
     for day in sorted(runs):
         if day < today and (until is None or day <= until):
             yield _compact_day(out, day, sorted(runs[day]), public_key)

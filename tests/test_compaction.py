@@ -75,6 +75,27 @@ def test_a_day_with_an_incomplete_run_is_left_alone(tmp_path):
     assert not storage.exists(day_file(tmp_path))
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_day_with_a_run_that_has_no_part_yet_is_left_alone(out, others):
+    """What it writes after midnight would never get into a file that is there."""
+    for number in range(others):
+        add(out, f"done-{number}", DAY)
+    add(out, "next", DAY + timedelta(days=1), rows=1)
+    late = make_run(run_id="late", started_at=DAY + timedelta(hours=11, minutes=59), rows=5)
+    storage.create(f"{out}/{run_path('late', 'run.json')}", MASTER.sign("run", late.values()))
+    assert list(compact(out)) == [
+        Day(DAY.date(), incomplete="late"),
+        Day(DAY.date() + timedelta(days=1), 1, 1),
+    ]
+    assert not storage.exists(day_file(out))
+
+
+def test_a_run_of_another_release_that_was_never_finished_stops_no_day(tmp_path):
+    add(tmp_path, "done", DAY)
+    storage.create(f"{tmp_path}/{run_path('old', 'run.json')}", b'{"run_id": "old"}')
+    assert list(compact(str(tmp_path))) == [Day(DAY.date(), 5, 3)]
+
+
 def test_a_part_that_was_changed_is_told(tmp_path):
     run = add(tmp_path, "a", DAY)
     part = f"{tmp_path}/{run.part(1)}"

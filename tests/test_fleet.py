@@ -176,6 +176,9 @@ def models(tmp_path):
     return Fleet(tmp_path)
 
 
+# ----------------------------------------------------------------------------------------------- dispatch and workers
+
+
 def test_every_row_has_one_record_whatever_its_model_does(models):
     """Workers that die, hang or raise cost nobody but their own model a record, and no model its record."""
     acts = ["ok", "die", "ok", "no-key", "die-once", "hang", "raise", "refuse"] + ["ok"] * 9 + ["die", "no-key"]
@@ -261,6 +264,39 @@ def test_workers_are_replaced_after_so_many_models(models, monkeypatch):
     assert served.total() == 10
 
 
+class Limited(AuditWorker):
+    """Tells to what the system holds it once it has audited something."""
+
+    def limits(self, entry):
+        self.start()
+        record = self.audit(entry, shard=0, attempt=1)
+        kinds = (resource.RLIMIT_DATA, resource.RLIMIT_CPU, resource.RLIMIT_CORE)
+        return record.error_code, [resource.getrlimit(kind)[0] for kind in kinds]
+
+
+def test_a_worker_is_held_to_its_limits(models):
+    settings = dataclasses.replace(settings_of(plan_audit(models.job(["ok"]))), device="cpu", timeout_s=100.0)
+    entry = CatalogEntry(0, "m", "/nowhere", "timm:any", KEY_ID)
+    for given, least in ((1 << 30, 1 << 30), (None, 1 << 30)):
+        actor = fleet._spawner(Limited, dataclasses.replace(settings, memory_bytes=given), 0.0)()
+        code, (data, seconds, core) = ray.get(actor.limits.remote(entry))
+        ray.kill(actor)
+        assert code == ErrorCode.KEY_MISSING
+        assert least < data < 64 << 30  # beside what it held at its start
+        assert 100 < seconds < 300
+        assert core == 0
+
+
+def test_a_worker_that_met_an_attack_is_replaced(models):
+    """The model after it is in other hands; after a merely damaged file it is in the same."""
+    run_audit(models.job(["ok", "refuse", "ok", "attack", "ok"], actors=1), worker=Worker)
+    processes = {int(row): process for _, row, process in models.calls}
+    assert processes[0] == processes[1] == processes[2] == processes[3] != processes[4]
+
+
+# -------------------------------------------------------------------------------------- stored runs: resumed, refused
+
+
 @pytest.fixture
 def metered(monkeypatch):
     """What each run has told of records and of its end; that Ray's metrics fail changes nothing else."""
@@ -300,36 +336,6 @@ def test_a_missing_part_is_audited_again_and_nothing_else(models, metered):
     assert sorted(row for _, row, _ in models.calls[10:]) == ["4", "5", "6", "7"]
     run_audit(job, worker=NeverStarts)  # complete by now
     assert metered == [({("intact", ""): 10}, True)] * 3
-
-
-class Limited(AuditWorker):
-    """Tells to what the system holds it once it has audited something."""
-
-    def limits(self, entry):
-        self.start()
-        record = self.audit(entry, shard=0, attempt=1)
-        kinds = (resource.RLIMIT_DATA, resource.RLIMIT_CPU, resource.RLIMIT_CORE)
-        return record.error_code, [resource.getrlimit(kind)[0] for kind in kinds]
-
-
-def test_a_worker_is_held_to_its_limits(models):
-    settings = dataclasses.replace(settings_of(plan_audit(models.job(["ok"]))), device="cpu", timeout_s=100.0)
-    entry = CatalogEntry(0, "m", "/nowhere", "timm:any", KEY_ID)
-    for given, least in ((1 << 30, 1 << 30), (None, 1 << 30)):
-        actor = fleet._spawner(Limited, dataclasses.replace(settings, memory_bytes=given), 0.0)()
-        code, (data, seconds, core) = ray.get(actor.limits.remote(entry))
-        ray.kill(actor)
-        assert code == ErrorCode.KEY_MISSING
-        assert least < data < 64 << 30  # beside what it held at its start
-        assert 100 < seconds < 300
-        assert core == 0
-
-
-def test_a_worker_that_met_an_attack_is_replaced(models):
-    """The model after it is in other hands; after a merely damaged file it is in the same."""
-    run_audit(models.job(["ok", "refuse", "ok", "attack", "ok"], actors=1), worker=Worker)
-    processes = {int(row): process for _, row, process in models.calls}
-    assert processes[0] == processes[1] == processes[2] == processes[3] != processes[4]
 
 
 def test_where_the_driver_has_no_master_secret_a_worker_signs(models, monkeypatch):
@@ -495,6 +501,9 @@ def settings_of(plan):
     )
 
 
+# ---------------------------------------------------------------------------------------------- what ends a run early
+
+
 def test_a_worker_without_master_secret_stops_the_run(models):
     """What is wrong for every model is the operator's to mend: no records, no second try."""
     with pytest.raises(UsageError, match="no master secret"):
@@ -581,6 +590,9 @@ def test_memory_is_blamed_by_name(models):
     assert one._died(again, OutOfMemoryError("killed")).error_code == "out_of_memory"
 
 
+# ---------------------------------------------------------------------------------- carried forward from a run before
+
+
 def night(models, run_id, acts=("ok",) * 5, **options):
     """An audit of its own run; the worker says which records it was offered."""
     options = {"carry_days": 7.0} | options
@@ -642,6 +654,9 @@ def test_records_that_were_changed_are_not_carried_forward(models):
     part.write_bytes(to_parquet([dataclasses.replace(record_of(row), matches=7) for row in rows]))
     with pytest.raises(UsageError, match="is not what run one wrote"):
         night(models, "two")
+
+
+# ------------------------------------------------------------------------------------ records, exit codes, the driver
 
 
 def test_error_records_survive_parquet(models):

@@ -4,7 +4,8 @@ A real S3 server on this machine holds three classes of checkpoints: small ones 
 ones (EfficientNet-Lite0, 18 MB) and large ones (a perceptron of 500 MB). Each class, and all of them
 together, is audited by `jobs.audit` and by each of `peers.py`, every one a new process; one in ten copies of
 a class is edited, and who does not see exactly those is left out of the comparison. The limit is the larger of
-bytes over the raw rate of GETs and forward passes over the best rate of float64 passes, both measured here.
+bytes over the raw rate of GETs and forward passes over the best rate of float64 passes, both measured here,
+before and after each class.
 
 On one machine the store takes its part of the same cores, and its bytes come faster than they can be hashed: `--link`
 puts a link of a limited rate between them, as a network is.
@@ -51,7 +52,7 @@ _EXAMPLES = """\b
 Examples:
   python -m tests.benchmarks.speed --out speed-out
   python -m tests.benchmarks.speed --out speed-out --small 2000 --medium 50 --large 5
-  python -m tests.benchmarks.speed --out speed-out --small 0 --medium 200 --large 0 --alone
+  python -m tests.benchmarks.speed --out speed-out --small 0 --medium 400 --large 0 --alone
   python -m tests.benchmarks.speed --out speed-out --small 0 --medium 0 --large 10 --alone --link 125
 
 \b
@@ -207,7 +208,7 @@ def _download(uris: list[str]) -> int:
         return sum(pool.map(get, uris))
 
 
-def _passes(what: dict[str, object], threads: int = 1, seconds: float = 20.0) -> float:
+def _passes(what: dict[str, object], threads: int = 1) -> float:
     """Float64 forward passes in a second, by PyTorch's own kernels or ours, in the best of several batch sizes."""
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -228,7 +229,7 @@ def _passes(what: dict[str, object], threads: int = 1, seconds: float = 20.0) ->
     for size, replaced in ways:
         run(model, inputs[: size or 4], CPU, batch=size, replaced=replaced)
     best = max(ways, key=lambda way: rate(*way, 1.0))
-    return rate(*best, seconds)
+    return rate(*best, 20.0)
 
 
 # ----------------------------------------------------------------------------------------- who runs beside whom
