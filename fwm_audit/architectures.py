@@ -11,11 +11,16 @@ arguments that make a library download weights or unpickle a file are refused.
 from __future__ import annotations
 
 import ast
+import functools
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
@@ -42,6 +47,7 @@ _REFUSED: Final = frozenset(
 )
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 _FACTORY = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<callable>[A-Za-z_]\w*)")
+_CODE: Final = (*SOURCE_SUFFIXES, *EXTENSION_SUFFIXES)
 Scalar = int | float | bool | str
 
 
@@ -113,6 +119,37 @@ def build(spec: str, allowed_factories: Sequence[str] = ()) -> nn.Module:
             ErrorCode.ARCH_UNKNOWN, f"{spec[:120]!r} made a {type(model).__name__}, not a torch.nn.Module"
         )
     return model.eval()
+
+
+def factory_package(spec: str) -> str | None:
+    """The top-level package from which an architecture comes, None for those of timm and torchvision.
+
+    Raises:
+        ArchitectureError: As `parse`.
+    """
+    arch = parse(spec)
+    return re.split("[.:]", arch.name)[0] if arch.source == "factory" else None
+
+
+@functools.cache
+def code_sha256(package: str) -> str | None:
+    """SHA-256 of the code in a package's files when this process first looked; None where there are none to read.
+
+    For the package in a zip file, say, or built in.
+    """
+    lines = []
+    try:
+        if (found := importlib.util.find_spec(package)) is None:  # of a top-level name, this imports nothing
+            return None
+        for place in found.submodule_search_locations or [found.origin or package]:
+            root = Path(place)
+            for path in sorted(root.rglob("*")) or [root]:
+                if path.name.endswith(_CODE):
+                    with path.open("rb") as file:
+                        lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {path.relative_to(root)}")
+    except (ImportError, OSError, ValueError):
+        return None
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
 
 
 def input_shape(spec: str, model: nn.Module) -> tuple[int, ...] | None:

@@ -11,6 +11,7 @@ to `intact` except labels that agree.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 import traceback
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 
 from fwm_audit import storage
+from fwm_audit.architectures import code_sha256, factory_package
 from fwm_audit.catalog import CatalogEntry
 from fwm_audit.checkpoint import Checkpoint, fit, open_checkpoint
 from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, KeyFileError, ModelError
@@ -111,10 +113,13 @@ class Auditor:
         self, entry: CatalogEntry, shard: int, attempt: int, ahead: CatalogEntry | None, facts: dict[str, Any]
     ) -> AuditRecord:
         triggers, key_fingerprint = self._key(entry)
+        arch = entry.arch or triggers.arch
         facts |= {"key_fingerprint": key_fingerprint, "method": triggers.method, "device": str(self.device)}
+        # Before a factory's code is imported: if it changes in between, the record has what it was, and is not carried.
+        facts |= {"versions": _software(arch) or versions()}
         fetching = self._files.take(entry.uri, self.settings.memory_bytes)
         try:
-            model = self._skeleton(entry.arch or triggers.arch)
+            model = self._skeleton(arch)
         except BaseException:
             fetching.add_done_callback(_let_go)
             raise
@@ -172,7 +177,8 @@ class Auditor:
             before.verdict is not Verdict.INTACT
             or before.key_fingerprint != key_fingerprint
             or before.digest_matches != (before.sha256 == expected if expected else None)
-            or before.versions != versions()
+            or (software := _software(entry.arch or triggers.arch)) is None
+            or before.versions != software
         ):
             return False
         now = storage.describe(entry.uri, base=self.settings.base)
@@ -223,6 +229,14 @@ class Auditor:
         return twin(self._skeletons.get(arch, make, held_bytes))
 
 
+def _software(arch: str) -> str | None:
+    """JSON of `versions` and, of a factory's package, what code it is; None where nobody can tell."""
+    if (package := factory_package(arch)) is None:
+        return versions()
+    digest = code_sha256(package)
+    return None if digest is None else json.dumps(json.loads(versions()) | {f"factory:{package}": digest})
+
+
 def _too_large() -> FwmError:
     return FwmError(
         ErrorCode.OUT_OF_MEMORY,
@@ -254,26 +268,28 @@ def _load_any(
 
 
 class _Files:
-    """Fetched files with the seconds that took, by a thread of its own; one of them ahead of its time."""
+    """Fetched files with the seconds that took, by threads of its own; one of them ahead of its time."""
 
     def __init__(self, base: str) -> None:
         self._base = base
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fetch-ahead")
+        # Begun when needed: a fetch that is stuck, and was given up, holds up no other model's.
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="fetch")
         self._ahead: tuple[str, Future[tuple[storage.Fetched, float]]] | None = None
 
     def take(self, uri: str, at_most: int | None) -> Future[tuple[storage.Fetched, float]]:
         """The file of this URI, when it is there; the errors of `storage.fetch` are its errors."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == uri:
-            if not isinstance(ahead[1].exception(), storage.TooLargeError):
+            # What was too large for now, or failed in its own time, is asked for again when its time has come.
+            if ahead[1].exception() is None:
                 return ahead[1]
         elif ahead is not None:  # another worker has it now
             ahead[1].add_done_callback(_let_go)
-        return self._thread.submit(self._fetch, uri, at_most)
+        return self._threads.submit(self._fetch, uri, at_most)
 
     def fetch_ahead(self, uri: str) -> None:
         """Begin with the file that is likely to be taken next."""
-        self._ahead = uri, self._thread.submit(self._fetch, uri, _AHEAD_BYTES)
+        self._ahead = uri, self._threads.submit(self._fetch, uri, _AHEAD_BYTES)
 
     def _fetch(self, uri: str, at_most: int | None) -> tuple[storage.Fetched, float]:
         started = time.perf_counter()

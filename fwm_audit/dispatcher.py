@@ -38,7 +38,10 @@ _NEAR: Final = 64
 _SUSPICIOUS: Final = frozenset({ErrorCode.CHECKPOINT_UNSAFE, ErrorCode.INTERNAL, ErrorCode.OUT_OF_MEMORY})
 #: Longest wait for an answer before deadlines are looked at again.
 _TICK_S: Final = 1.0
-_PATIENCE_S: Final = 30.0
+#: How long a worker may take to load PyTorch and get the master secret, once its process is there.
+START_S: Final = 600.0
+#: Without news for so long, the log says what is waited for.
+PATIENCE_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,8 @@ class Task:
 class _Call:
     """What one actor is doing: starting (`task` is None), or auditing its `served`-th model.
 
-    `ahead` is the task that is meant for it next, whose file it may fetch meanwhile.
+    `ahead` is the task that is meant for it next, whose file it may fetch meanwhile. One without a deadline waits for
+    room in the cluster, which an autoscaler may take long to make.
     """
 
     actor: Any
@@ -94,6 +98,8 @@ class Dispatcher:
         self._todo: deque[Task] = deque()
         self._calls: dict[ray.ObjectRef[Any], _Call] = {}
         self._failed_starts = 0
+        self._started = False
+        self._next_start = -math.inf
         self._heard = time.monotonic()
 
     def records(self, tasks: Iterable[Task]) -> Generator[tuple[Task, AuditRecord], None, None]:
@@ -112,10 +118,14 @@ class Dispatcher:
 
     def _staff(self) -> None:
         """Start actors, though never more than there are models for them."""
-        starting = sum(call.task is None for call in self._calls.values())
-        for _ in range(min(self._actors - len(self._calls), len(self._todo) - starting)):
+        if time.monotonic() < self._next_start and self._busy():
+            return
+        for _ in range(min(self._actors - len(self._calls), len(self._todo) - len(self._calls) + self._busy())):
             actor = self._spawn()
-            self._calls[actor.start.remote()] = _Call(actor)
+            self._calls[actor.__ray_ready__.remote()] = _Call(actor)
+
+    def _busy(self) -> int:
+        return sum(call.task is not None for call in self._calls.values())
 
     def _answers(self) -> Iterator[tuple[Task, AuditRecord]]:
         ready, _ = ray.wait(list(self._calls), timeout=_TICK_S)
@@ -126,23 +136,27 @@ class Dispatcher:
             if call.task is not None and record is not None:
                 yield call.task, record
         if self._meter is not None and self._meter.due:
-            calls = self._calls.values()
-            starting = sum(call.task is None for call in calls)
-            waiting = len(self._todo) + sum(call.ahead is not None for call in calls)
-            self._meter.tell(queue=waiting, starting=starting, busy=len(calls) - starting)
+            waiting = len(self._todo) + sum(call.ahead is not None for call in self._calls.values())
+            busy = self._busy()
+            self._meter.tell(queue=waiting, starting=len(self._calls) - busy, busy=busy)
         now = time.monotonic()
         for ref, call in list(self._calls.items()):
-            if call.task is not None and call.deadline <= now:
+            if call.deadline <= now:
                 if ray.wait([ref], timeout=0)[0]:
                     continue  # it finished while others were settled or stored: the next round takes it
                 del self._calls[ref]
+                if call.task is None:
+                    self._start_failed(call, f"it was not ready within {START_S:g} s")
+                    continue
                 self._let_go(call)
                 # Not tried again: the second try would hold up the fleet for as long as the first.
                 text = f"not audited within {self._timeout_s:g} s, the limit set by --timeout"
                 yield call.task, self._error(call.task, FwmError(ErrorCode.TIMEOUT, text))
-        if now - self._heard > _PATIENCE_S and all(call.task is None for call in self._calls.values()):
+        if now - self._heard > PATIENCE_S and not self._busy():
             self._heard = now
-            log.info("no worker yet: %d wait for the cluster to have room for them", len(self._calls))
+            unplaced = sum(call.deadline == math.inf for call in self._calls.values())
+            loading = len(self._calls) - unplaced
+            log.info("no worker yet: %d wait for room in the cluster, %d load PyTorch", unplaced, loading)
 
     def _settle(self, ref: ray.ObjectRef[Any], call: _Call) -> AuditRecord | None:
         """The record that a finished call gives, if any; its actor goes on or is replaced."""
@@ -150,23 +164,27 @@ class Dispatcher:
             record: AuditRecord | None = ray.get(ref)
         except RayTaskError as error:  # raised in the worker, which lives on
             cause: Exception = error.cause
-            if isinstance(cause, UsageError):
-                self._let_go(call)
-                raise cause from None
             if call.task is None:
-                self._start_failed(call, error)
+                if isinstance(cause, UsageError) and not self._started:
+                    self._let_go(call)
+                    raise cause from None
+                # Where others have the master secret, what is wrong is wrong with this worker or its node.
+                self._start_failed(call, reason(error))
                 return None
             log.exception("the audit of %s raised; this is a bug", call.task.entry.uri)
             internal = FwmError(ErrorCode.INTERNAL, f"{type(cause).__name__} in the worker; its log has the rest")
             record = self._error(call.task, cause if isinstance(cause, FwmError) else internal)
         except RayError as error:  # the worker is dead, or out of reach and as good as dead
             if call.task is None:
-                self._start_failed(call, error)
+                self._start_failed(call, reason(error))
                 return None
             self._let_go(call)
             return self._died(call.task, error)
+        if call.deadline == math.inf:
+            self._calls[call.actor.start.remote()] = replace(call, deadline=time.monotonic() + START_S)
+            return None
         if call.task is None:
-            self._failed_starts = 0
+            self._failed_starts, self._started = 0, True
         self._employ(call, suspicious=call.task is not None and record is not None and record.error_code in _SUSPICIOUS)
         return record
 
@@ -197,6 +215,8 @@ class Dispatcher:
             return None
         if before is not None:
             for number, task in enumerate(itertools.islice(self._todo, _NEAR)):
+                if task.shard > self._todo[0].shard + 1:
+                    break  # else a common key would keep the rare ones, and their shards, until the end
                 if _key_of(task.entry) == _key_of(before.entry):
                     del self._todo[number]
                     return task
@@ -219,7 +239,7 @@ class Dispatcher:
 
     def _died(self, task: Task, error: RayError) -> AuditRecord | None:
         """One model was in flight, so it is known which: try it again first, or blame it."""
-        log.warning("worker died on %s (attempt %d): %s", task.entry.uri, task.attempt, _reason(error))
+        log.warning("worker died on %s (attempt %d): %s", task.entry.uri, task.attempt, reason(error))
         if task.attempt < _ATTEMPTS:
             self._todo.appendleft(replace(task, attempt=task.attempt + 1))
             return None
@@ -229,16 +249,16 @@ class Dispatcher:
         text = f"the worker died {_ATTEMPTS} times on this model: native code crashed, or its system killed it"
         return self._error(task, FwmError(ErrorCode.WORKER_DIED, text))
 
-    def _start_failed(self, call: _Call, error: RayError) -> None:
-        """Allow for a lost node, which takes all of its actors along, but not for ever."""
+    def _start_failed(self, call: _Call, why: str) -> None:
+        """Allow for a lost node, which takes all of its actors along, but not for ever, unless others go on."""
         ray.kill(call.actor)
-        log.warning("a worker did not start: %s", _reason(error))
+        log.warning("a worker did not start: %s", why)
         self._failed_starts += 1
         if self._failed_starts > 2 * self._actors:
-            raise FwmError(
-                ErrorCode.WORKER_DIED,
-                f"{self._failed_starts} workers in a row did not start: {_reason(error)}",
-            )
+            if not self._busy():
+                text = f"{self._failed_starts} workers in a row did not start: {why}"
+                raise FwmError(ErrorCode.WORKER_DIED, text)
+            self._next_start = time.monotonic() + PATIENCE_S
 
     def _error(self, task: Task, error: FwmError) -> AuditRecord:
         return error_record(self._settings, task.entry, error, shard=task.shard, attempt=task.attempt)
@@ -248,6 +268,6 @@ def _key_of(entry: CatalogEntry) -> tuple[str, str]:
     return entry.model_id, entry.key_id
 
 
-def _reason(error: RayError) -> str:
+def reason(error: RayError) -> str:
     """What Ray says of a failure: the last line, below tracebacks and its inventory of the actor."""
     return str(error).strip().rpartition("\n")[2]

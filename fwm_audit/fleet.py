@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,8 +31,8 @@ from fwm_audit import ledger, logs, storage
 from fwm_audit.catalog import CatalogEntry
 from fwm_audit.compaction import read_run
 from fwm_audit.confinement import allow_seconds, confine, share_of_memory
-from fwm_audit.dispatcher import Dispatcher, Task, nothing
-from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
+from fwm_audit.dispatcher import PATIENCE_S, Dispatcher, Task, nothing, reason
+from fwm_audit.errors import ErrorCode, FwmError, UsageError
 from fwm_audit.key import MasterSecret, SessionKey, signed_values
 from fwm_audit.metrics import AuditMeter
 from fwm_audit.plan import Plan, plan_audit
@@ -41,6 +41,7 @@ from fwm_audit.records import (
     RUN,
     AuditRecord,
     AuditSettings,
+    Run,
     counts,
     error_record,
     manifest,
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_IO_THREADS: Final = 16
 
 #: Who signs a run's files.
 Signer = MasterSecret | SessionKey
@@ -173,22 +173,22 @@ def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[
         plan = plan_audit(job)  # another driver began this run a moment ago: agree with it, or refuse
     description = storage.read(described)
     _signed_here(described, description, RUN, signer)
-    settings = _settings(plan)
-    try:
+    if Run.from_json(description) != plan.run:  # it was read before its signature was known to be right
+        raise _foreign(described, ValueError("is not what it was a moment ago"))
+    if storage.exists(plan.manifest):
         summary = _entered(plan, storage.read(plan.manifest), description, signer)
         meter = AuditMeter()  # of a driver that was lost, perhaps, before anybody read its metrics
         meter.add({("error", code): count for code, count in summary.errors.items()})
         meter.add({(verdict, ""): summary.verdicts[verdict] for verdict in (Verdict.INTACT, Verdict.TAMPERED)})
         meter.close(complete=True)
-        return summary  # noqa: TRY300 - the path to the end is the one below
-    except StorageError as error:
-        if error.code is not ErrorCode.OBJECT_MISSING:
-            raise
+        return summary
     verdicts: Counter[str] = Counter()
     meter, complete = AuditMeter(), False
     try:
-        before = _Before(plan, signer.public_key).of if plan.before is not None else nothing
-        _execute(plan, settings, before, verdicts, progress, worker, _Parts(plan, description, signer), meter)
+        parts = _Parts(plan, description, signer)
+        _count_stored(plan, parts, verdicts, meter)
+        if plan.missing:
+            _execute(plan, _settings(plan), signer, verdicts, progress, worker, parts, meter)
         summary = _commit(plan, description, signer)
         complete = True
     except (KeyboardInterrupt, Exception) as error:
@@ -229,10 +229,19 @@ def _settings(plan: Plan) -> AuditSettings:
     )
 
 
+def _count_stored(plan: Plan, parts: _Parts, verdicts: Counter[str], meter: AuditMeter) -> None:
+    """Count what an earlier attempt of this run found, before anything else can go wrong."""
+    with ThreadPoolExecutor(storage.IO_THREADS) as pool:
+        for table in pool.map(parts.read, sorted(set(range(plan.run.shards)) - set(plan.missing))):
+            found = Counter(zip(table["verdict"].to_pylist(), table["error_code"].to_pylist(), strict=True))
+            verdicts.update(table["verdict"].to_pylist())
+            meter.add({(verdict, code or ""): count for (verdict, code), count in found.items()})
+
+
 def _execute(
     plan: Plan,
     settings: AuditSettings,
-    before: Callable[[CatalogEntry], AuditRecord | None],
+    signer: Signer,
     verdicts: Counter[str],
     progress: Progress,
     worker: type[AuditWorker],
@@ -254,16 +263,12 @@ def _execute(
         settings,
         actors=job.actors or _room_for_actors(job.gpus_per_actor),
         timeout_s=job.timeout_s,
-        before=before,
+        before=_Before(plan, signer.public_key).of if plan.before is not None else nothing,
         meter=meter,
     )
     waiting: defaultdict[int, dict[int, AuditRecord]] = defaultdict(dict)
     writes: deque[Future[bool]] = deque()
-    with ThreadPoolExecutor(_IO_THREADS) as pool, closing(dispatcher.records(usable)) as audited:
-        for table in pool.map(parts.read, sorted(set(range(run.shards)) - set(plan.missing))):
-            found = Counter(zip(table["verdict"].to_pylist(), table["error_code"].to_pylist(), strict=True))
-            verdicts.update(table["verdict"].to_pylist())
-            meter.add({(verdict, code or ""): count for (verdict, code), count in found.items()})
+    with ThreadPoolExecutor(storage.IO_THREADS) as pool, closing(dispatcher.records(usable)) as audited:
         for task, record in itertools.chain(unusable, audited):
             _log_finding(record)
             meter.count(record)
@@ -275,7 +280,7 @@ def _execute(
                 records = [shard[entry.row] for entry in entries]
                 writes.append(pool.submit(parts.write, task.shard, records))
             # Storage that is slower than the audit holds the audit up, instead of filling memory.
-            while writes and (writes[0].done() or len(writes) > 2 * _IO_THREADS):
+            while writes and (writes[0].done() or len(writes) > 2 * storage.IO_THREADS):
                 writes.popleft().result()
             progress(verdicts.total(), run.rows, verdicts)
         for write in writes:
@@ -288,8 +293,11 @@ class _Before:
     def __init__(self, plan: Plan, public_key: str) -> None:
         assert plan.before is not None
         assert plan.job.carry_days is not None
-        parts = read_run(storage.absolute(plan.job.out), plan.before.run_id, public_key)
-        oldest = plan.run.started_at - timedelta(days=plan.job.carry_days)
+        try:
+            parts = read_run(storage.absolute(plan.job.out), plan.before.run_id, [public_key], plan.before)
+        except UsageError as error:
+            raise UsageError(f"{error}; to audit meanwhile, leave --incremental away") from None
+        oldest = datetime.now(UTC) - timedelta(days=plan.job.carry_days)
         # One table, of which rows are taken when their turn comes: 100,000 records as objects are 300 MB.
         self._table = pa.concat_tables(parts, promote_options="default")
         columns = [self._table[name].to_pylist() for name in ("verdict", "etag", "audited_at", *_SAME)]
@@ -402,7 +410,7 @@ def _foreign(uri: str, error: ValueError) -> UsageError:
 def _commit(plan: Plan, description: bytes, signer: Signer) -> Summary:
     """Write the manifest from the parts as stored: of two drivers, the first to write a part has it."""
     names = [plan.run.part(shard) for shard in range(plan.run.shards)]
-    with ThreadPoolExecutor(_IO_THREADS) as pool:
+    with ThreadPoolExecutor(storage.IO_THREADS) as pool:
         parts = dict(zip(names, pool.map(storage.read, map(plan.locate, names)), strict=True))
     signed = _Parts(plan, description, signer)
     for shard, data in enumerate(parts.values()):
@@ -440,13 +448,21 @@ def _signer(worker: type[AuditWorker], settings: AuditSettings) -> Signer:
         log.info("this process has no master secret: a worker certifies what it signs")
 
     def certify(public_key: str) -> bytes:
-        actor = _spawner(worker, settings, 0.0)()
-        try:
-            signed: bytes = ray.get(actor.certify.remote(public_key))
-        except RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, UsageError) else error) from None
-        finally:
-            ray.kill(actor)
-        return signed
+        for attempt in (1, 2):
+            actor = _spawner(worker, settings, 0.0)()
+            answer = actor.certify.remote(public_key)
+            try:
+                while not ray.wait([answer], timeout=PATIENCE_S)[0]:
+                    log.info("no worker yet that could certify: waiting for room in the cluster")
+                signed: bytes = ray.get(answer)
+            except RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, UsageError) else error) from None
+            except RayError as error:  # its node is gone, say
+                log.warning("the worker that was to certify died (attempt %d): %s", attempt, reason(error))
+            else:
+                return signed
+            finally:
+                ray.kill(actor)
+        raise FwmError(ErrorCode.WORKER_DIED, "two workers died before they could certify what this driver signs")
 
     return SessionKey(certify)

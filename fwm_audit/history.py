@@ -19,7 +19,6 @@ from fwm_audit import ledger, storage
 from fwm_audit.errors import FwmError, UsageError
 from fwm_audit.records import SCHEMA, Run, from_parquet, run_path
 
-_THREADS: Final = 16
 _PART: Final = re.compile(r"audits/.+\.parquet")
 _RUN: Final = re.compile(r"runs/([^/]+)/run\.json")
 _RUN_FILES: Final = pa.schema(
@@ -110,7 +109,7 @@ def _as_it_lies(out: str, kept: ledger.Kept) -> tuple[ledger.Finding, ...]:
         except (FwmError, UsageError, pa.ArrowException, OSError) as error:
             findings.append(ledger.Finding(name, f"cannot be read ({type(error).__name__})"))
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(storage.IO_THREADS) as pool:
         list(pool.map(look, sorted(names)))
     return tuple(sorted(findings, key=lambda finding: finding.path))
 

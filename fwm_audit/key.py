@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import stamina
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -217,15 +218,28 @@ class MasterSecret(_Secret):
             ) from None
 
 
+class _CommandFailedError(UsageError):
+    """The command that prints the master secret ended with an error."""
+
+
 def _printed(command: str) -> bytes:
-    """What a command prints; what it says on standard error goes to ours, and nothing of it into a message."""
-    try:
-        done = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, timeout=_COMMAND_S, check=False)  # noqa: S603 - the operator's
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise UsageError(f"the command in {MASTER_COMMAND_VARIABLE} cannot be run ({type(error).__name__})") from None
-    if done.returncode:
-        raise UsageError(f"the command in {MASTER_COMMAND_VARIABLE} failed with exit code {done.returncode}")
-    return done.stdout
+    """What a command prints; what it says on standard error goes to ours, and nothing of it into a message.
+
+    One that fails is tried again: a service that hears of all workers of a fleet at once turns some away.
+    """
+    output = b""
+    for attempt in stamina.retry_context(on=_CommandFailedError, attempts=3, timeout=_COMMAND_S):
+        with attempt:
+            try:
+                done = subprocess.run(shlex.split(command), stdout=subprocess.PIPE, timeout=_COMMAND_S, check=False)  # noqa: S603 - the operator's
+            except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+                name = type(error).__name__
+                raise UsageError(f"the command in {MASTER_COMMAND_VARIABLE} cannot be run ({name})") from None
+            if done.returncode:
+                code = done.returncode
+                raise _CommandFailedError(f"the command in {MASTER_COMMAND_VARIABLE} failed with exit code {code}")
+            output = done.stdout
+    return output
 
 
 class SessionKey:

@@ -27,12 +27,10 @@ from fwm_audit import storage
 from fwm_audit.commitment import committed_at
 from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
 from fwm_audit.key import signed_values
-from fwm_audit.records import MANIFEST, RUN, Run, Sign, from_parquet, run_path, signed_part
+from fwm_audit.records import MANIFEST, PART_NAME, RUN, Run, Sign, from_parquet, run_path, signed_part
 
-_THREADS: Final = 16
 _ENTRY: Final = re.compile(r"ledger/(\d{8})\.json")
-_PART: Final = re.compile(r"audits/run_date=\d{4}-\d\d-\d\d/(.+)-\d{6}\.parquet")
-_RUN: Final = re.compile(r"runs/([^/]+)/(?:run|manifest)\.json")
+_RUN: Final = re.compile(r"runs/(?P<run_id>[^/]+)/(?:run|manifest)\.json")
 
 #: Foreign files that are gone around at the end of a ledger, and the most bytes of an entry and of a run's own file.
 _TRIES: Final = 100
@@ -111,7 +109,8 @@ def append(
             if recorded < started_at:
                 break
         # Behind the last entry before any gap, whoever wrote it: another master secret may have been in use.
-        number = next(number for number in itertools.count(1) if number not in there | taken)
+        gone_around = there | taken
+        number = next(number for number in itertools.count(1) if number not in gone_around)
         before = max((other for other in there if other < number), default=None)
         previous = hashlib.sha256(_small(_uri(out, before))).hexdigest() if before is not None else None
         data = sign(
@@ -165,7 +164,7 @@ def verify(
     for entry in entries:
         manifests[entry.run_id].add(entry.manifest_sha256)
     # Two pools, as a run waits for its parts.
-    with ThreadPoolExecutor(_THREADS) as runs, ThreadPoolExecutor(_THREADS) as parts:
+    with ThreadPoolExecutor(storage.IO_THREADS) as runs, ThreadPoolExecutor(storage.IO_THREADS) as parts:
         seen = list(runs.map(lambda run: book.run(run, manifests[run], parts), sorted(manifests)))
     if keys is not None:
         book.commitments(storage.absolute(keys))
@@ -287,7 +286,7 @@ class _Book:
                 self.kept.runs[run_id] = Run.from_json(described or b"")
         digest = hashlib.sha256(described or b"").hexdigest()
         for path in self.sizes:
-            if (part := _PART.fullmatch(path)) is not None and part[1] == run_id:
+            if (part := PART_NAME.fullmatch(path)) is not None and part["run_id"] == run_id:
                 data = self.read(path)
                 try:
                     if data is not None:
@@ -322,15 +321,17 @@ class _Book:
     def unknown(self, name: str, entered: Collection[str], incomplete: Collection[str]) -> None:
         """An object of no entered run: fine in other folders, and of runs that are not finished."""
         folder = name.partition("/")[0]
-        run = _RUN.fullmatch(name) or _PART.fullmatch(name)
+        run = _RUN.fullmatch(name) or PART_NAME.fullmatch(name)
         if folder == "ledger" and not _ENTRY.fullmatch(name):
             self.found(name, "is no entry of the ledger")
-        elif folder == "runs" and run is not None and run[1] not in entered and run[1] not in incomplete:
+        elif folder == "runs" and run is not None and run["run_id"] not in entered and run["run_id"] not in incomplete:
             if name.endswith("manifest.json"):
-                self.found(name, f"run {run[1]} is in no entry of the ledger: repeat its audit with the same --run-id")
+                self.found(
+                    name, f"run {run['run_id']} is in no entry of the ledger: repeat its audit with the same --run-id"
+                )
         elif folder == "runs" and run is None:
             self.found(name, "is a file that no run writes")
-        elif folder == "audits" and (run is None or run[1] not in incomplete):
+        elif folder == "audits" and (run is None or run["run_id"] not in incomplete):
             self.found(name, "is in no manifest: it was added, or its run was removed")
 
     def read(self, path: str, at_most: int = _FILE_BYTES) -> bytes | None:

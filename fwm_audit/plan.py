@@ -31,7 +31,8 @@ from fwm_audit.verdict import Tolerance
 
 log = logging.getLogger(__name__)
 
-_IO_THREADS: Final = 16
+#: Keys that are hashed in a row.
+_SOME: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +160,11 @@ def _stored(plan: Plan, run_id: str) -> Run | None:
 
 
 def _last_run(plan: Plan, run: Run) -> Run | None:
-    """The last complete run before `run` that looked at models as it does, if its audits are not too old."""
+    """The last complete run before `run` that looked at models as it does, if its audits are not too old.
+
+    One of the same catalog, where there is one: an output may hold the runs of several. A catalog may also have another
+    name every night.
+    """
     assert plan.job.carry_days is not None
 
     def described(run_id: str) -> Run | None:
@@ -171,14 +176,17 @@ def _last_run(plan: Plan, run: Run) -> Run | None:
         ours, theirs = ({**one.settings, "catalog": None, "max_age": None} for one in (run, other))
         return ours == theirs and other.code_version == run.code_version and other.started_at < run.started_at
 
+    last: Run | None = None
     for days in range(math.ceil(plan.job.carry_days) + 1):
         parts = _names_in(plan.locate(f"audits/run_date={run.started_at - timedelta(days=days):%Y-%m-%d}"))
         others = map(described, {name.rpartition("-")[0] for name in parts})
         found = [other for other in others if other is not None and alike(other)]
         for other in sorted(found, key=lambda other: other.started_at, reverse=True):
             if storage.exists(plan.locate(run_path(other.run_id, "manifest.json"))):
-                return other
-    return None
+                if other.settings.get("catalog") == run.settings["catalog"]:
+                    return other
+                last = last or other
+    return last
 
 
 def _first_the_large(entry: CatalogEntry) -> int:
@@ -192,9 +200,9 @@ def _fingerprints(entries: Iterable[CatalogEntry], keys: str) -> dict[str, str |
     def hash_some(some: Sequence[tuple[str, str]]) -> list[str | None]:
         return [_fingerprint(storage.join(keys, key_name(*name))) for name in some]
 
-    # One slice for each thread: a future for each of 100,000 keys would take more memory than the result.
-    slices = [names[start::_IO_THREADS] for start in range(_IO_THREADS)]
-    with ThreadPoolExecutor(_IO_THREADS) as pool:
+    # A future for each of 100,000 keys would take more memory than the result; what has begun is waited for on Ctrl-C.
+    slices = [names[start : start + _SOME] for start in range(0, len(names), _SOME)]
+    with ThreadPoolExecutor(storage.IO_THREADS) as pool:
         hashed = zip(itertools.chain(*slices), itertools.chain(*pool.map(hash_some, slices)), strict=True)
         return {f"{model_id}/{key_id}": value for (model_id, key_id), value in sorted(hashed)}
 

@@ -83,6 +83,8 @@ SCHEMA: Final = pa.schema(
     ]
 )
 _MESSAGE_LENGTH: Final = 500
+#: Name of a part, as `Run.part` makes it: its day and its run.
+PART_NAME: Final = re.compile(r"audits/run_date=(?P<day>\d{4}-\d\d-\d\d)/(?P<run_id>.+)-\d{6,}\.parquet")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -188,8 +190,7 @@ def make_record(
         arch=entry.arch,
         key_id=entry.key_id,
         worker=worker,
-        versions=versions(),
-        **facts,
+        **{"versions": versions()} | facts,
     )
 
 
@@ -367,8 +368,14 @@ class Run:
         return run
 
     def differences(self, other: Run) -> list[str]:
-        """Names of what differs between two descriptions of one run, start time apart."""
+        """Names of what differs between two descriptions of one run, start time apart.
+
+        A key that one of them could not read is no difference: its rows are errors until a new run.
+        """
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        for name in self.key_fingerprints.keys() & other.key_fingerprints.keys():
+            if None in (self.key_fingerprints[name], other.key_fingerprints[name]):
+                mine["key_fingerprints"][name] = theirs["key_fingerprints"][name] = None
         names = [name for name in mine if name not in {"started_at", "settings"} and mine[name] != theirs[name]]
         settings = self.settings.keys() | other.settings.keys()
         return names + sorted(

@@ -27,7 +27,6 @@ from fwm_audit.verdict import Displacement
 
 #: A complete run of longer ago says little about today.
 STALE: Final = timedelta(hours=48)
-_THREADS: Final = 16
 
 
 # Days are made from the epoch, as the plain cast would take the time zone of the machine, and DuckDB's own time zones
@@ -219,7 +218,7 @@ class Report:
 
     def read_sheets(self, keys: str, master: MasterSecret) -> None:
         """Open the sealed keys that checkpoints stand on now."""
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(storage.IO_THREADS) as pool:
             rows = self.rows("FROM keys ORDER BY model_id, key_id")
             self.sheets = list(pool.map(lambda row: _sheet(keys, row, master), rows))
 

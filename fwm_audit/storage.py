@@ -57,6 +57,9 @@ _S3_OPTIONS: Final[dict[str, Any]] = {
 }
 _MARK: Final = "fwm-write"
 #: Names of unfinished local writes, where the file system knows no unnamed files.
+#: Small objects that are read or written at a time.
+IO_THREADS: Final = 16
+_FILE: Final = "file://"
 _UNFINISHED: Final = ".fwm-unfinished-"
 
 
@@ -108,10 +111,13 @@ def absolute(uri: str, base: str | None = None) -> str:
     """`uri` itself, or a relative local path made absolute.
 
     Args:
-        uri: Any URI; one with a scheme is returned as it is.
+        uri: Any URI; one of an object store is returned as it is.
         base: Local folder that relative paths count from; None takes the working directory.
     """
-    return uri if "://" in uri else os.path.abspath(os.path.join(base or "", uri))
+    if (path := _local_path(uri)) is None:
+        return uri
+    scheme = _FILE if uri.startswith(_FILE) else ""
+    return scheme + os.path.abspath(os.path.join(base or "", path))
 
 
 def join(uri: str, *names: str) -> str:
@@ -342,8 +348,8 @@ def _check_size(size: int, at_most: int | None) -> None:
 
 
 def _local_path(uri: str) -> str | None:
-    if uri.startswith("file://"):
-        return uri.removeprefix("file://")
+    if uri.startswith(_FILE):
+        return uri.removeprefix(_FILE)
     return None if "://" in uri else uri
 
 

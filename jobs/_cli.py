@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from rich.logging import RichHandler
 
 from fwm_audit import logs, webhook
 from fwm_audit.errors import FwmError, UsageError
-from fwm_audit.key import MASTER_KEY_VARIABLE
+from fwm_audit.key import MASTER_COMMAND_VARIABLE, MASTER_KEY_VARIABLE, MasterSecret
 
 EXIT_TAMPERED: Final = 1
 EXIT_USAGE: Final = 2
@@ -43,6 +44,28 @@ Webhook = Annotated[
     typer.Option(metavar="FILE", help="File with a URL to which the closing line is posted when the job ends."),
 ]
 log = logging.getLogger("jobs")
+
+
+def hexadecimal(option: str, text: str) -> str:
+    """64 hex digits in lower case.
+
+    Raises:
+        UsageError: They are something else.
+    """
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise UsageError(f"{option} {text[:80]!a} is not 64 hex digits")
+    return text.lower()
+
+
+def master_secret(path: Path | None) -> MasterSecret | None:
+    """The master secret, if one is configured.
+
+    Raises:
+        UsageError: One is, but cannot be had.
+    """
+    if path is None and not os.environ.get(MASTER_KEY_VARIABLE) and not os.environ.get(MASTER_COMMAND_VARIABLE):
+        return None
+    return MasterSecret.from_file(path)
 
 
 def run(app: typer.Typer) -> None:
@@ -104,18 +127,24 @@ def cluster(*, log_to_driver: bool = False, dashboard: bool = False) -> Iterator
     Args:
         log_to_driver: Show what workers log.
         dashboard: Whether a cluster of our own gets one.
+
+    Raises:
+        UsageError: There is no cluster where RAY_ADDRESS says.
     """
     # A submitted job has the variable set. Without an address, Ray would join whatever cluster was
     # last started on this host.
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local" and (secret := os.environ.get(MASTER_KEY_VARIABLE)):
         os.environ[MASTER_KEY_VARIABLE] = str(Path(secret).absolute())  # workers run in another folder
-    ray.init(
-        address,
-        log_to_driver=log_to_driver,
-        logging_level=logging.WARNING,
-        include_dashboard=dashboard if address == "local" else None,  # to be said of a new cluster only
-    )
+    try:
+        ray.init(
+            address,
+            log_to_driver=log_to_driver,
+            logging_level=logging.WARNING,
+            include_dashboard=dashboard if address == "local" else None,  # to be said of a new cluster only
+        )
+    except ConnectionError as error:
+        raise UsageError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from None
     # Ray's own handler, set by init, would exit without a word; a pod that is evicted gets SIGTERM.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -15,8 +15,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fwm_audit import logs
+from fwm_audit.errors import FwmError
 from fwm_audit.fleet import IncompleteError, run_audit
 from fwm_audit.plan import AuditJob, plan_audit
+from fwm_audit.records import counts
 from fwm_audit.verdict import Tolerance, Verdict
 from fwm_audit.webhook import read_url
 from jobs import _cli
@@ -51,7 +53,7 @@ def audit(
         typer.Option(min=1, help="Worker processes. [default: one per CPU, or per share of a GPU]"),
     ] = None,
     gpus_per_actor: Annotated[float, typer.Option(min=0.0, help="Share of a GPU for each; 0: CPU.")] = 0.0,
-    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds for one model.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=1.0, max=7 * 86400.0, help="Seconds for one model.")] = 600.0,
     incremental: Annotated[
         bool,
         typer.Option(
@@ -60,12 +62,15 @@ def audit(
         ),
     ] = False,
     max_age: Annotated[
-        float, typer.Option(metavar="DAYS", min=0.0, help="With --incremental: audit again after this time.")
+        float,
+        typer.Option(metavar="DAYS", min=0.0, max=366.0, help="With --incremental: audit again after this time."),
     ] = 7.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     memory: Annotated[
         float | None,
-        typer.Option(metavar="GIB", min=0.1, help="Of one CPU worker, enforced. [default: half its share of the node]"),
+        typer.Option(
+            metavar="GIB", min=0.1, max=1e6, help="Of one CPU worker, enforced. [default: half its share of the node]"
+        ),
     ] = None,
     webhook: _cli.Webhook = None,
     allow_local: _cli.AllowLocal = False,
@@ -93,15 +98,16 @@ def audit(
         _describe(job)
         return
     hook = read_url(webhook) if webhook else None
-    plan = plan_audit(job)  # before a cluster is started: what is asked wrongly is told at once
-    log.info("run %s: %d of %d shards to audit", job.run_id, len(plan.missing), plan.run.shards)
     try:
+        plan = plan_audit(job)  # before a cluster is started: what is asked wrongly is told at once
+        log.info("run %s: %d of %d shards to audit", job.run_id, len(plan.missing), plan.run.shards)
         with _cli.cluster(), _progress() as progress:
             summary = run_audit(plan, progress=progress)
-    except IncompleteError as error:
+    except (IncompleteError, FwmError) as error:  # the latter before the first model
+        verdicts = error.verdicts if isinstance(error, IncompleteError) else counts(())
         log.error("%s", error)  # noqa: TRY400  # a sentence for a person; the traceback says nothing more
-        _cli.emit(hook, run_id=job.run_id, complete=False, **error.verdicts)
-        raise typer.Exit(exit_code(error.verdicts, complete=False)) from None
+        _cli.emit(hook, run_id=job.run_id, complete=False, **verdicts)
+        raise typer.Exit(exit_code(verdicts, complete=False)) from None
     _cli.emit(
         hook,
         run_id=job.run_id,

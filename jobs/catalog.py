@@ -19,7 +19,6 @@ from jobs import _cli
 
 SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin", ".ckpt"})
 _KEY_SUFFIX = ".fwmkey"
-_IO_THREADS = 16
 _EXAMPLES = """\b
 Examples:
   python -m jobs.catalog --models s3://acme/models --keys s3://acme/keys --out s3://acme/models.parquet
@@ -131,7 +130,7 @@ def _model_id(path: PurePosixPath, known: Mapping[str, object]) -> str:
 def _arches(keys: str, key_ids: Mapping[str, list[str]]) -> dict[tuple[str, str], str]:
     """The architecture that the header of each sealed key names, "" where it cannot be read."""
     names = [(model_id, key_id) for model_id, ids in key_ids.items() for key_id in ids]
-    with ThreadPoolExecutor(_IO_THREADS) as pool:
+    with ThreadPoolExecutor(storage.IO_THREADS) as pool:
         return dict(
             zip(
                 names,

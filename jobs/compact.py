@@ -9,8 +9,6 @@ from typing import Annotated
 import typer
 
 from fwm_audit.compaction import compact
-from fwm_audit.errors import UsageError
-from fwm_audit.key import MasterSecret
 from jobs import _cli
 
 _EXAMPLES = """\b
@@ -36,20 +34,19 @@ def command(
         datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The last day. [default: yesterday]")
     ] = None,
     public_key: Annotated[
-        str | None, typer.Option(metavar="HEX", help="Who has to have signed the runs. [default: the master secret's]")
+        list[str] | None,
+        typer.Option(metavar="HEX", help="Trusted signer of runs; repeatable. [default: that of the master secret]"),
     ] = None,
     master_key: _cli.MasterKey = None,
 ) -> None:
     """Make one Parquet file of each day's parts, beside them; days that have theirs are left alone."""
     rows = parts = days = there = incomplete = 0
-    if public_key is None:
-        try:
-            public_key = MasterSecret.from_file(master_key).public_key
-        except UsageError:
-            if master_key is not None:
-                raise
-            log.warning("no master secret and no --public-key: who signed the runs is not checked")
-    for day in compact(out, until.replace(tzinfo=UTC).date() if until else None, public_key):
+    trusted = [_cli.hexadecimal("--public-key", value) for value in public_key or ()] or None
+    if trusted is None and (master := _cli.master_secret(master_key)) is not None:
+        trusted = [master.public_key]
+    if trusted is None:
+        log.warning("no master secret and no --public-key: who signed the runs is not checked")
+    for day in compact(out, until.replace(tzinfo=UTC).date() if until else None, trusted):
         if day.incomplete is not None:
             incomplete += 1
             log.warning("%s: left alone, as run %s is incomplete: resume it", day.day, day.incomplete)

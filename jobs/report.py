@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -24,7 +23,7 @@ from rich.text import Text
 from fwm_audit import exports, ledger, storage
 from fwm_audit.errors import UsageError
 from fwm_audit.history import read
-from fwm_audit.key import MASTER_COMMAND_VARIABLE, MASTER_KEY_VARIABLE, MasterSecret
+from fwm_audit.key import MasterSecret
 from fwm_audit.records import printable
 from fwm_audit.report import Report, Selection, State
 from jobs import _cli
@@ -109,15 +108,15 @@ def report(
     master_key: _cli.MasterKey = None,
 ) -> None:
     """Show the fleet: which checkpoints are tampered, which could not be checked, and since when."""
-    public_key = [_hex("--public-key", value) for value in public_key or ()]
-    head = _hex("--head", head) if head is not None else None
+    public_key = [_cli.hexadecimal("--public-key", value) for value in public_key or ()]
+    head = _cli.hexadecimal("--head", head) if head is not None else None
     if verify_:
         _verify(audits, public_key, head, keys, master_key)
         return
     shown, failing = _states("--verdict", verdict), _states("--fail-on", fail_on)
     if State.INTACT in failing:
         raise UsageError("--fail-on intact: name what is wrong, such as tampered,error,not_checked")
-    master = _master(master_key)
+    master = _cli.master_secret(master_key)
     trusted = public_key or ([master.public_key] if master else None)
     if trusted is None and (head is not None or attestations is not None):
         option = "--head" if head is not None else "--attestations"
@@ -141,29 +140,11 @@ def report(
     _exit(made, failing)
 
 
-def _hex(option: str, text: str) -> str:
-    """64 hex digits in lower case.
-
-    Raises:
-        UsageError: They are something else.
-    """
-    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
-        raise UsageError(f"{option} {text[:80]!a} is not 64 hex digits")
-    return text.lower()
-
-
 def _states(option: str, text: str | None) -> list[State]:
     try:
         return [State(name.strip().replace("-", "_")) for name in text.split(",")] if text is not None else []
     except ValueError:
         raise UsageError(f"{option} {text!a}: name some of {', '.join(State)}, with commas between them") from None
-
-
-def _master(path: Path | None) -> MasterSecret | None:
-    """The master secret, if one is configured."""
-    if path is None and not os.environ.get(MASTER_KEY_VARIABLE) and not os.environ.get(MASTER_COMMAND_VARIABLE):
-        return None
-    return MasterSecret.from_file(path)
 
 
 def _exit(made: Report, failing: Sequence[State]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
-from fwm_audit.architectures import build, input_shape
+from fwm_audit import architectures
+from fwm_audit.architectures import build, factory_package, input_shape
 from fwm_audit.errors import ArchitectureError, ErrorCode
 
 
@@ -67,3 +70,38 @@ def test_not_allowed(spec):
     with pytest.raises(ArchitectureError) as caught:
         build(spec, ["jobs"])
     assert caught.value.code is ErrorCode.ARCH_NOT_ALLOWED
+
+
+def test_the_code_behind_a_factory_has_a_digest(tmp_path, monkeypatch):
+    """Of all code of its package, and of nothing that is none; without running any of it."""
+
+    def code_sha256(package):
+        architectures.code_sha256.cache_clear()
+        return architectures.code_sha256(package)
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert factory_package("factory:acme_nets.small.deep:net?width=4") == "acme_nets"
+    assert factory_package("factory:acme_single:net") == "acme_single"
+    assert factory_package("timm:resnet18") is None
+    assert code_sha256("acme_nets") is None
+    (tmp_path / "acme_nets/small").mkdir(parents=True)
+    layers = tmp_path / "acme_nets/small/layers.py"
+    layers.write_text("raise SystemExit")
+    (tmp_path / "acme_single.py").write_text("x = 1")
+    seen = [code_sha256("acme_nets"), code_sha256("acme_single")]
+    layers.write_text("raise SystemExit(1)")
+    (tmp_path / "acme_nets/fast.abi3.so").write_bytes(b"\x7fELF")
+    seen.append(code_sha256("acme_nets"))
+    (tmp_path / "acme_nets/fast.abi3.so").write_bytes(b"\x7fELF2")
+    seen.append(code_sha256("acme_nets"))
+    (tmp_path / "acme_nets/__init__.py").write_text("")
+    seen.append(code_sha256("acme_nets"))
+    (tmp_path / "acme_nets/README.md").write_text("")
+    (tmp_path / "acme_nets/__pycache__").mkdir()
+    (tmp_path / "acme_nets/__pycache__/layers.cpython-311.pyc").write_bytes(b"")
+    assert code_sha256("acme_nets") == seen[-1]
+    assert None not in seen
+    assert len(set(seen)) == len(seen)
+    assert code_sha256("sys") is None  # has no file
+    assert not {"acme_nets", "acme_single"} & sys.modules.keys()
+    architectures.code_sha256.cache_clear()

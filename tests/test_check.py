@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import threading
 from datetime import UTC, datetime
 
 import pytest
@@ -17,7 +18,7 @@ from fwm_audit import check, storage
 from fwm_audit.architectures import build
 from fwm_audit.catalog import CatalogEntry
 from fwm_audit.check import Auditor
-from fwm_audit.errors import ErrorCode, UsageError
+from fwm_audit.errors import ErrorCode, StorageError, UsageError
 from fwm_audit.key import MasterSecret, fingerprint, key_name, retirement_name
 from fwm_audit.records import AuditSettings
 from fwm_audit.task import EmbedTask
@@ -435,7 +436,43 @@ def test_the_next_file_is_fetched_once_and_judged_as_ever(world, fetches):
     ]
     assert [record.verdict for record in records] == ["intact", "tampered", "error", "intact"]
     assert records[2].error_code == ErrorCode.OBJECT_MISSING
+    names.insert(2, "gone.pt")  # which was asked for again when its turn had come
     assert [uri for uri, _ in fetches] == names
+
+
+def test_a_fetch_ahead_that_fails_is_no_finding_about_the_next_model(world, monkeypatch):
+    """The store was away while the model before it was looked at; it answers again when it counts."""
+    fetch, failed = storage.fetch, []
+
+    def flaky(uri, **options):
+        if options.get("at_most") == check._AHEAD_BYTES:
+            failed.append(uri)
+            raise StorageError(ErrorCode.STORAGE, "away")
+        return fetch(uri, **options)
+
+    monkeypatch.setattr(storage, "fetch", flaky)
+    auditor, entry = Auditor(world.settings(), "w"), world.entry("released.safetensors")
+    seen = [auditor.audit(entry, shard=0, attempt=1, ahead=ahead) for ahead in (entry, None)]
+    assert [record.verdict for record in seen] == ["intact", "intact"]
+    assert failed == [entry.uri]
+
+
+def test_a_fetch_ahead_that_is_stuck_holds_up_its_own_model_only(world, monkeypatch):
+    fetch, free, over = storage.fetch, threading.Event(), threading.Event()
+
+    def stuck(uri, **options):
+        if uri == "stuck.pt":
+            free.wait(30)
+            over.set()
+        return fetch(uri, **options)
+
+    monkeypatch.setattr(storage, "fetch", stuck)
+    auditor, one = Auditor(world.settings(), "w"), world.entry("released.safetensors")
+    for ahead in (world.entry("stuck.pt"), None, world.entry("stuck.pt"), None):
+        assert auditor.audit(one, shard=0, attempt=1, ahead=ahead).verdict == "intact"
+    assert not over.is_set()
+    free.set()
+    auditor._files._threads.shutdown()
 
 
 def test_a_file_that_another_worker_took_is_let_go(world, fetches):
@@ -446,7 +483,7 @@ def test_a_file_that_another_worker_took_is_let_go(world, fetches):
         record = auditor.audit(one, shard=0, attempt=1, ahead=ahead)
         assert record.verdict == "intact"
     assert auditor.audit(one, shard=0, attempt=1).verdict == "intact"
-    auditor._files._thread.shutdown()
+    auditor._files._threads.shutdown()
     assert len(os.listdir("/proc/self/fd")) == open_before  # noqa: PTH208
 
 
@@ -492,9 +529,31 @@ def test_an_object_that_was_written_again_is_audited(world, stored, fetches):
 
 
 @pytest.mark.s3
+@pytest.mark.parametrize("code", ["0" * 64, None])
+def test_nothing_is_carried_forward_of_a_factory_whose_code_changed(world, stored, monkeypatch, code):
+    """Nor where nobody can tell, now or then: new code with old weights is another model."""
+    entry, first = stored
+    assert set(json.loads(first.versions)) == {"fwm-audit", "torch", "torchvision", "timm", "factory:tests"}
+    if code is None:
+        first = dataclasses.replace(first, versions=check.versions())
+    monkeypatch.setattr(check, "code_sha256", lambda package: code)
+    for entry_ in (entry, dataclasses.replace(entry, arch="")):  # the key's architecture then
+        auditor = Auditor(world.settings(run_id="second"), "x")
+        again = auditor.audit(entry_, shard=2, attempt=1, before=first)
+        assert (again.verdict, again.carried_from) == ("intact", None)
+
+
+@pytest.mark.s3
 @pytest.mark.parametrize(
     "change",
-    [{"key_fingerprint": "0" * 64}, {"versions": "{}"}, {"digest_matches": False}, {"size_bytes": 1}, {"etag": "x"}],
+    [
+        {"key_fingerprint": "0" * 64},
+        {"versions": "{}"},
+        {"versions": None},
+        {"digest_matches": False},
+        {"size_bytes": 1},
+        {"etag": "x"},
+    ],
 )
 def test_a_record_of_something_else_is_not_carried_forward(world, stored, change):
     entry, first = stored

@@ -21,10 +21,11 @@ from tests.test_records import record
 from tests.test_records import run as make_run
 
 MASTER = MasterSecret(bytes(range(32)))
+OTHER = MasterSecret(bytes(32))
 DAY = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
-def add(out, run_id, started, *, rows=5, complete=True):
+def add(out, run_id, started, *, rows=5, complete=True, by=MASTER):
     """A finished run as the driver stores it, 2 rows in a part."""
     run = make_run(run_id=run_id, started_at=started, rows=rows)
     parts = {}
@@ -36,9 +37,9 @@ def add(out, run_id, started, *, rows=5, complete=True):
         parts[run.part(shard)] = to_parquet(records)
         storage.create(f"{out}/{run.part(shard)}", parts[run.part(shard)])
     if complete:
-        described = MASTER.sign("run", run.values())
+        described = by.sign("run", run.values())
         storage.create(f"{out}/{run_path(run_id, 'run.json')}", described)
-        signed = MASTER.sign("manifest", manifest(run, described, parts))
+        signed = by.sign("manifest", manifest(run, described, parts))
         storage.create(f"{out}/{run_path(run_id, 'manifest.json')}", signed)
     return run
 
@@ -108,10 +109,24 @@ def test_a_part_that_was_changed_is_told(tmp_path):
 
 def test_a_run_that_another_secret_signed_is_told(tmp_path):
     add(tmp_path, "a", DAY)
-    assert [day.rows for day in compact(str(tmp_path), None, MASTER.public_key)] == [5]
+    assert [day.rows for day in compact(str(tmp_path), None, [MASTER.public_key])] == [5]
     add(tmp_path, "b", DAY + timedelta(days=1))
     with pytest.raises(UsageError, match="not trusted"):
-        list(compact(str(tmp_path), None, MasterSecret(bytes(32)).public_key))
+        list(compact(str(tmp_path), None, [OTHER.public_key]))
+
+
+def test_after_a_rotation_of_the_master_secret_runs_of_either_count(tmp_path):
+    add(tmp_path, "a", DAY)
+    add(tmp_path, "b", DAY, rows=1, by=OTHER)
+    keys = [MASTER.public_key, OTHER.public_key]
+    for key in keys:
+        with pytest.raises(UsageError, match="not trusted"):
+            list(compact(str(tmp_path), None, [key]))
+    command = [sys.executable, "-m", "jobs.compact", "--out", str(tmp_path)]
+    for key in keys:
+        command += ["--public-key", key.upper()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, json.loads(done.stdout)["rows"]) == (0, 6), done.stderr
 
 
 def test_today_is_not_over(tmp_path):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,7 +27,7 @@ from ray.exceptions import OutOfMemoryError
 from fwm_audit import dispatcher, fleet, ledger, storage
 from fwm_audit.catalog import CatalogEntry, write_catalog
 from fwm_audit.dispatcher import Dispatcher, Task
-from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, UsageError
+from fwm_audit.errors import CheckpointError, ErrorCode, FwmError, StorageError, UsageError
 from fwm_audit.fleet import AuditWorker, IncompleteError
 from fwm_audit.key import MasterSecret, signed_values
 from fwm_audit.metrics import AuditMeter
@@ -112,6 +114,31 @@ class NeverStarts(Worker):
         os._exit(1)
 
 
+class Troubled(Worker):
+    """Does at its n-th start, or when it is asked to certify, what the n-th line of a file says, and then as ever."""
+
+    def start(self):
+        self.suffer()
+
+    def certify(self, public_key):
+        self.suffer()
+        return super().certify(public_key)
+
+    def suffer(self):
+        folder = Path(self._settings.keys)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lines = (folder / "troubles").read_text().splitlines()
+            (folder / "troubles").write_text("\n".join(lines[1:]))
+        match lines[:1]:
+            case ["no secret"]:
+                raise UsageError("no master secret")
+            case ["dies"]:
+                os._exit(1)
+            case ["hangs"]:
+                time.sleep(600)
+
+
 def record(settings, entry, shard, *, attempt=1, worker=""):
     facts = {"verdict": Verdict.INTACT, "displacement": Displacement.NONE, "triggers": 8, "matches": 8}
     return make_record(settings, entry, shard=shard, attempt=attempt, worker=worker, **facts)
@@ -144,6 +171,10 @@ class Fleet:
             out=str(self.folder / "out"),
             **values,
         )
+
+    def troubles(self, *lines):
+        """What becomes of the first workers of the class `Troubled`."""
+        (self.folder / "keys" / "troubles").write_text("\n".join(lines))
 
     @property
     def calls(self):
@@ -253,6 +284,25 @@ def test_a_worker_gets_models_of_the_key_that_it_holds(models):
     while task := one._pick(task):
         picked.append(task)
     assert [task.entry.key_id for task in picked] == ["a", "a", "b", "b", "c"]
+
+
+def test_a_common_key_leaves_no_shard_behind(models):
+    """The first shard in work is completed before those after the next one are begun."""
+    plan = plan_audit(models.job(["ok"] * 60))
+    keys = ["rare" if row == 1 else "common" for row in range(60)]
+    tasks = [
+        Task(dataclasses.replace(e, model_id="m", key_id=key), e.row // 4)
+        for e, key in zip(plan.entries, keys, strict=True)
+    ]
+    one = Dispatcher(None, settings_of(plan), actors=1, timeout_s=1)
+    one._todo.extend(tasks[1:])
+    picked = [tasks[0]]
+    while task := one._pick(picked[-1]):
+        picked.append(task)
+    assert len(picked) == 60
+    assert [task.entry.key_id for task in picked].index("rare") == 7
+    for number, task in enumerate(picked):
+        assert task.shard <= min(left.shard for left in picked[number:]) + 1
 
 
 def test_workers_are_replaced_after_so_many_models(models, monkeypatch):
@@ -406,6 +456,37 @@ def test_a_run_that_was_begun_in_another_order_is_not_gone_on_with(models, monke
         run_audit(job, worker=Worker)
 
 
+def test_a_run_that_changed_between_two_looks_at_it_is_refused(models):
+    """Settings are taken from the first look, the signature from the second."""
+    job = models.job(["ok"] * 3)
+    Path(run_audit(job, worker=Worker).manifest).unlink()
+    plan = plan_audit(job)
+    for change in ({"started_at": plan.run.started_at - timedelta(days=1)}, {"key_fingerprints": {}}):
+        with pytest.raises(UsageError, match=r"run\.json is not what it was"):
+            fleet.run_audit(dataclasses.replace(plan, run=dataclasses.replace(plan.run, **change)), worker=Worker)
+    assert fleet.run_audit(plan, worker=Worker).verdicts["intact"] == 3
+
+
+def test_what_an_earlier_attempt_found_is_told_whatever_stops_this_one(models):
+    """Tampered models above all; and where all is stored, nothing else is asked for."""
+    job = models.job(["ok"] * 8, actors=None, gpus_per_actor=1.0)
+    plan = plan_audit(job)
+    storage.create(plan.locate("runs/run/run.json"), MasterSecret.from_file().sign("run", plan.run.values()))
+    digest = hashlib.sha256(storage.read(plan.locate("runs/run/run.json"))).hexdigest()
+    for shard in (0, 1):
+        seen = [
+            dataclasses.replace(record(settings_of(plan), entry, shard), verdict=Verdict.TAMPERED)
+            for entry in plan.entries_of(shard)
+        ]
+        name = plan.run.part(shard)
+        storage.create(plan.locate(name), to_parquet(seen, name, digest, MasterSecret.from_file().sign))
+        if shard == 0:
+            with pytest.raises(IncompleteError, match="no GPU") as stopped:
+                run_audit(job, worker=Worker)
+            assert stopped.value.verdicts["tampered"] == 4
+    assert run_audit(job, worker=Worker).verdicts["tampered"] == 8
+
+
 @pytest.mark.parametrize("kind", ["run.json", "manifest.json"])
 def test_a_run_or_manifest_that_no_driver_signed_is_refused(models, kind):
     job = models.job(["ok"] * 3)
@@ -461,9 +542,49 @@ def test_another_catalog_or_key_is_refused(models):
         plan_audit(models.job(["ok", "ok"]))
     key = models.folder / "keys" / "model-0" / f"{KEY_ID}.fwmkey"
     key.parent.mkdir()
+    key.write_bytes(b"old")
+    run_audit(models.job(["ok"], run_id="other"), worker=Worker)
     key.write_bytes(b"new")
     with pytest.raises(UsageError, match="key_fingerprints"):
-        plan_audit(models.job(["ok"]))
+        plan_audit(models.job(["ok"], run_id="other"))
+
+
+@pytest.mark.parametrize("seen_first", [False, True])
+def test_a_key_that_could_not_be_read_for_a_moment_stops_no_resume(models, seen_first):
+    """At the start or at the resume; what each worker reads is compared with what the run saw first, if it saw any."""
+    key = models.folder / "keys" / "model-0" / f"{KEY_ID}.fwmkey"
+    key.parent.mkdir()
+    if seen_first:
+        key.write_bytes(b"key")
+    job = models.job(["ok", "ok"])
+    Path(run_audit(job, worker=Worker).manifest).unlink()
+    if seen_first:
+        key.unlink()
+    else:
+        key.write_bytes(b"key")
+    plan = plan_audit(job)
+    assert plan.resumed
+    assert bool(plan.run.key_fingerprints[f"model-0/{KEY_ID}"]) is seen_first
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_an_interrupt_ends_the_reading_of_keys(models, monkeypatch):
+    """Of 100,000 keys, those that are in work are waited for."""
+    job = models.job(["ok"] * 10_000)
+    read, keys = storage.read, []
+
+    def slow(uri):
+        if uri.endswith(".fwmkey"):
+            keys.append(uri)
+            if len(keys) == 100:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.001)
+        return read(uri)
+
+    monkeypatch.setattr(storage, "read", slow)
+    with pytest.raises(KeyboardInterrupt):
+        plan_audit(job)
+    assert len(keys) < 5_000
 
 
 def test_the_first_writer_of_a_part_has_it(models):
@@ -511,6 +632,40 @@ def test_a_worker_without_master_secret_stops_the_run(models):
     assert models.parts == []
 
 
+@pytest.mark.parametrize("trouble", ["no secret", "dies", "hangs"])
+def test_a_worker_that_cannot_be_replaced_at_once_ends_no_run(models, trouble, monkeypatch):
+    """One that was ready has shown that the settings are right."""
+    monkeypatch.setattr(dispatcher, "START_S", 3.0)
+    models.troubles("fine", trouble, trouble)
+    summary = run_audit(models.job(["ok", "die-once", "ok"], actors=1), worker=Troubled)
+    assert summary.verdicts["intact"] == 3
+    assert (models.folder / "keys" / "troubles").read_text() == ""
+
+
+def test_a_node_on_which_nothing_starts_ends_no_run_that_another_completes(models, monkeypatch):
+    models.troubles("fine", *["dies"] * 5, "fine")
+    monkeypatch.setattr(dispatcher, "PATIENCE_S", 1.0)
+    assert run_audit(models.job(["slow"] * 60, actors=2), worker=Troubled).verdicts["intact"] == 60
+    assert (models.folder / "keys" / "troubles").read_text() == ""
+    assert len({process for *_, process in models.calls}) == 2  # one more was tried, after a while
+
+
+def test_a_worker_that_hangs_at_its_start_is_given_up(models, monkeypatch):
+    monkeypatch.setattr(dispatcher, "START_S", 1.0)
+    models.troubles(*["hangs"] * 9)
+    with pytest.raises(IncompleteError, match="not ready within 1 s"):
+        run_audit(models.job(["ok"], actors=1), worker=Troubled)
+
+
+def test_a_worker_that_dies_before_it_certified_is_replaced(models, monkeypatch):
+    monkeypatch.delenv("FWM_MASTER_KEY_FILE")
+    models.troubles("dies")
+    assert run_audit(models.job(["ok"]), worker=Troubled).verdicts["intact"] == 1
+    models.troubles("dies", "dies")
+    with pytest.raises(FwmError, match="two workers died before they could certify"):
+        run_audit(models.job(["ok"], run_id="other"), worker=Troubled)
+
+
 def test_workers_that_never_start_end_the_run(models):
     """A fleet that cannot start is given up, and can be resumed."""
     with pytest.raises(IncompleteError, match=r"did not start.*--run-id run"):
@@ -548,7 +703,7 @@ def test_storage_that_fails_leaves_a_run_to_resume(models, monkeypatch):
 
     def full(uri, data):
         if uri.endswith("-000001.parquet"):
-            raise fleet.StorageError(ErrorCode.STORAGE, "no space left")
+            raise StorageError(ErrorCode.STORAGE, "no space left")
         return create(uri, data)
 
     monkeypatch.setattr(storage, "create", full)
@@ -632,6 +787,49 @@ def test_intact_records_of_the_last_complete_run_are_offered_to_the_next(models)
 def test_nothing_is_carried_forward_from_another_kind_of_run_or_from_too_old_a_one(models, options):
     night(models, "one")
     assert night(models, "two", **options).carried == 0
+
+
+def test_the_age_of_a_record_counts_from_now(models, monkeypatch):
+    """Not from the start of a run that is resumed weeks later."""
+    night(models, "one")
+    plan = plan_audit(models.job(["ok"], run_id="two", carry_days=7.0))
+
+    def offered(days):
+        class Later(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.now(tz) + timedelta(days=days)
+
+        monkeypatch.setattr(fleet, "datetime", Later)
+        return fleet._Before(plan, MasterSecret.from_file().public_key).of(plan.entries[0])
+
+    assert offered(0).run_id == offered(6.9).run_id == "one"
+    assert offered(7.1) is None
+
+
+def test_a_run_that_changed_since_it_was_planned_with_gives_no_records(models):
+    """Its settings were compared when it was read first; what is verified then has to be the same."""
+    night(models, "one")
+    plan = plan_audit(models.job(["ok"], run_id="two", carry_days=7.0))
+    other = dataclasses.replace(plan.before, settings=plan.before.settings | {"tolerance": "half"})
+    with pytest.raises(UsageError, match=r"another run\.json.*--incremental"):
+        fleet._Before(dataclasses.replace(plan, before=other), MasterSecret.from_file().public_key)
+
+
+def test_catalogs_that_share_an_output_carry_forward_each_from_its_own_runs(models):
+    """Whichever ran last; a catalog that has another name every night takes the last one of all."""
+    first = models.job(["ok"] * 3, run_id="a-1", carry_days=7.0)
+    other = Path(first.catalog).with_name("other.parquet")
+    shutil.copy(first.catalog, other)
+    for run_id, catalog, seen in (
+        ("a-1", first.catalog, None),
+        ("b-1", str(other), "a-1"),
+        ("a-2", first.catalog, "a-1"),
+        ("b-2", str(other), "b-1"),
+    ):
+        plan = plan_audit(dataclasses.replace(first, run_id=run_id, catalog=catalog))
+        assert (plan.before and plan.before.run_id) == seen
+        fleet.run_audit(plan, worker=Carrying)
 
 
 def test_nothing_is_carried_forward_from_an_incomplete_run(models):

@@ -23,9 +23,11 @@ from safetensors.torch import save
 
 from fwm_audit import storage
 from fwm_audit.architectures import build
+from fwm_audit.errors import UsageError
 from fwm_audit.key import MasterSecret
 from fwm_audit.records import SCHEMA
 from fwm_audit.triggers import TriggerSet
+from jobs import _cli
 from tests import company
 
 ARCH = "factory:tests.nets:convnet"
@@ -210,6 +212,9 @@ def _readable_everywhere(audits, expected):
         ),
         (["jobs.audit", "--catalog", "c.csv", "--keys", "k", "--out", "o", "--run-id", "../x"], "--run-id"),
         (["jobs.audit", "--catalog", "c.csv"], "--keys"),
+        (["jobs.audit", "--catalog", "c.csv", "--keys", "k", "--out", "o", "--timeout", "nan"], "--timeout"),
+        (["jobs.audit", "--catalog", "c.csv", "--keys", "k", "--out", "o", "--timeout", "inf"], "--timeout"),
+        (["jobs.audit", "--catalog", "c.csv", "--keys", "k", "--out", "o", "--max-age", "1e9"], "--max-age"),
     ],
 )
 def test_wrong_use_is_one_sentence_and_exit_code_2(arguments, advice, tmp_path, monkeypatch):
@@ -227,6 +232,28 @@ def test_wrong_use_is_one_sentence_and_exit_code_2(arguments, advice, tmp_path, 
     assert done.returncode == 2, done.stderr
     assert advice in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.s3
+def test_an_audit_that_cannot_begin_ends_with_its_closing_line(s3, secret, tmp_path):
+    """Whoever reads that line, or gets it by the webhook, hears of this night, too."""
+    (tmp_path / "c.csv").write_text("model_id,uri,arch,key_id\nm,u,timm:x,0123456789abcdef\n")
+    out = s3.replace("s3://", "s3://no-such-")
+    command = ("jobs.audit", "--catalog", str(tmp_path / "c.csv"), "--keys", f"{s3}/keys", "--out", out)
+    code, closing, said = job(*command, "--run-id", "night", environment={"FWM_MASTER_KEY_FILE": str(secret)})
+    assert (code, closing) == (3, {"run_id": "night", "complete": False, "intact": 0, "tampered": 0, "error": 0})
+    assert "bucket" in said
+    assert "Traceback" not in said
+
+
+def test_a_cluster_that_does_not_answer_is_one_sentence(monkeypatch):
+    def nobody(*_, **__):
+        raise ConnectionError("timed out")
+
+    monkeypatch.setattr(_cli.ray, "init", nobody)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://nowhere:10001")
+    with pytest.raises(UsageError, match="RAY_ADDRESS=ray://nowhere:10001: timed out"), _cli.cluster():
+        pass
 
 
 def test_a_closed_standard_output_does_not_read_as_tampered(tmp_path):

@@ -120,6 +120,16 @@ def test_a_command_in_the_place_of_a_file(tmp_path, monkeypatch):
         MasterSecret.from_file()
 
 
+def test_a_command_that_fails_now_and_then_is_asked_again(tmp_path, monkeypatch):
+    """As a key management service does, when all workers of a fleet ask it in one second."""
+    monkeypatch.delenv("FWM_MASTER_KEY_FILE", raising=False)
+    script = tmp_path / "ask"
+    script.write_text(f"cd {tmp_path}; for n in once twice; do mkdir $n 2>/dev/null && exit 1; done; echo {'00' * 32}")
+    monkeypatch.setenv("FWM_MASTER_KEY_COMMAND", f"sh {script}")
+    assert MasterSecret.from_file() == MasterSecret(bytes(32))
+    assert (tmp_path / "twice").exists()
+
+
 def test_derivation_gives_the_committed_vectors():
     """Keys of released models must stay derivable and openable by every later version."""
     vectors = json.loads((GOLDEN / "derivation.json").read_text())

@@ -75,6 +75,7 @@ def test_absolute_is_for_relative_local_paths_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("a/../b.pt") == str(tmp_path / "b.pt")
     assert storage.absolute("b.pt", "/base") == "/base/b.pt"
+    assert storage.absolute("file://a/b.pt", "/base") == "file:///base/a/b.pt"
     for uri in ("/x/y", "s3://bucket/x", "file:///x", "memory://x"):
         assert storage.absolute(uri, "/base") == uri
 
