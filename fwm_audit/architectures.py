@@ -16,12 +16,12 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 from urllib.parse import parse_qsl
 
 from torch import nn
@@ -47,7 +47,6 @@ _REFUSED: Final = frozenset(
 )
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 _FACTORY = re.compile(r"(?P<module>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<callable>[A-Za-z_]\w*)")
-_CODE: Final = (*SOURCE_SUFFIXES, *EXTENSION_SUFFIXES)
 Scalar = int | float | bool | str
 
 
@@ -133,23 +132,41 @@ def factory_package(spec: str) -> str | None:
 
 @functools.cache
 def code_sha256(package: str) -> str | None:
-    """SHA-256 of the code in a package's files when this process first looked; None where there are none to read.
+    """SHA-256 of all files of a package when this process first looked; None where that does not tell what it is.
 
-    For the package in a zip file, say, or built in.
+    As where it is in an archive, or looks for modules in folders that it adds to its `__path__`.
     """
     lines = []
     try:
         if (found := importlib.util.find_spec(package)) is None:  # of a top-level name, this imports nothing
             return None
-        for place in found.submodule_search_locations or [found.origin or package]:
-            root = Path(place)
-            for path in sorted(root.rglob("*")) or [root]:
-                if path.name.endswith(_CODE):
-                    with path.open("rb") as file:
-                        lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {path.relative_to(root)}")
+        for place in map(Path, found.submodule_search_locations or [found.origin or package]):
+            for path in [place] if place.is_file() else _files(place):
+                if path.suffix == ".py" and b"__path__" in path.read_bytes():
+                    return None
+                with path.open("rb") as file:
+                    lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {path.relative_to(place)}")
     except (ImportError, OSError, ValueError):
         return None
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """All files of a folder in a fixed order, in linked folders too, without what Python caches.
+
+    Raises:
+        OSError: It is no folder.
+    """
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    seen = set()
+    for folder, names, files in os.walk(root, onerror=fail, followlinks=True):
+        real = Path(folder).resolve()
+        names[:] = sorted(name for name in names if name != "__pycache__") if real not in seen else []
+        seen.add(real)  # links may lead in circles
+        yield from (Path(folder, name) for name in sorted(files))
 
 
 def input_shape(spec: str, model: nn.Module) -> tuple[int, ...] | None:

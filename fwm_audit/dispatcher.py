@@ -118,7 +118,7 @@ class Dispatcher:
 
     def _staff(self) -> None:
         """Start actors, though never more than there are models for them."""
-        if time.monotonic() < self._next_start and self._busy():
+        if time.monotonic() < self._next_start:
             return
         for _ in range(min(self._actors - len(self._calls), len(self._todo) - len(self._calls) + self._busy())):
             actor = self._spawn()
@@ -180,7 +180,7 @@ class Dispatcher:
                 return None
             self._let_go(call)
             return self._died(call.task, error)
-        if call.deadline == math.inf:
+        if call.task is None and call.deadline == math.inf:
             self._calls[call.actor.start.remote()] = replace(call, deadline=time.monotonic() + START_S)
             return None
         if call.task is None:
@@ -234,6 +234,8 @@ class Dispatcher:
     def _let_go(self, call: _Call) -> None:
         """End an actor; what was meant for it is to do again."""
         ray.kill(call.actor)
+        # Where it was, another can start, whatever happened to others elsewhere.
+        self._failed_starts, self._next_start = 0, -math.inf
         if call.ahead is not None:
             self._todo.appendleft(call.ahead)
 
@@ -250,12 +252,12 @@ class Dispatcher:
         return self._error(task, FwmError(ErrorCode.WORKER_DIED, text))
 
     def _start_failed(self, call: _Call, why: str) -> None:
-        """Allow for a lost node, which takes all of its actors along, but not for ever, unless others go on."""
+        """Allow for a lost node, which takes all of its actors along; not for ever, but as long as others go on."""
         ray.kill(call.actor)
         log.warning("a worker did not start: %s", why)
         self._failed_starts += 1
         if self._failed_starts > 2 * self._actors:
-            if not self._busy():
+            if all(other.deadline == math.inf for other in self._calls.values()):
                 text = f"{self._failed_starts} workers in a row did not start: {why}"
                 raise FwmError(ErrorCode.WORKER_DIED, text)
             self._next_start = time.monotonic() + PATIENCE_S

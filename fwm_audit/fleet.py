@@ -31,8 +31,8 @@ from fwm_audit import ledger, logs, storage
 from fwm_audit.catalog import CatalogEntry
 from fwm_audit.compaction import read_run
 from fwm_audit.confinement import allow_seconds, confine, share_of_memory
-from fwm_audit.dispatcher import PATIENCE_S, Dispatcher, Task, nothing, reason
-from fwm_audit.errors import ErrorCode, FwmError, UsageError
+from fwm_audit.dispatcher import PATIENCE_S, START_S, Dispatcher, Task, nothing, reason
+from fwm_audit.errors import ErrorCode, FwmError, StorageError, UsageError
 from fwm_audit.key import MasterSecret, SessionKey, signed_values
 from fwm_audit.metrics import AuditMeter
 from fwm_audit.plan import Plan, plan_audit
@@ -174,22 +174,21 @@ def run_audit(plan: Plan, *, progress: Progress = lambda *_: None, worker: type[
     description = storage.read(described)
     _signed_here(described, description, RUN, signer)
     if Run.from_json(description) != plan.run:  # it was read before its signature was known to be right
-        raise _foreign(described, ValueError("is not what it was a moment ago"))
-    if storage.exists(plan.manifest):
-        summary = _entered(plan, storage.read(plan.manifest), description, signer)
-        meter = AuditMeter()  # of a driver that was lost, perhaps, before anybody read its metrics
-        meter.add({("error", code): count for code, count in summary.errors.items()})
-        meter.add({(verdict, ""): summary.verdicts[verdict] for verdict in (Verdict.INTACT, Verdict.TAMPERED)})
-        meter.close(complete=True)
-        return summary
+        raise UsageError(f"{described} was replaced while this audit was planned: repeat the command")
     verdicts: Counter[str] = Counter()
     meter, complete = AuditMeter(), False
     try:
-        parts = _Parts(plan, description, signer)
-        _count_stored(plan, parts, verdicts, meter)
-        if plan.missing:
-            _execute(plan, _settings(plan), signer, verdicts, progress, worker, parts, meter)
-        summary = _commit(plan, description, signer)
+        if storage.exists(plan.manifest):
+            summary = _entered(plan, storage.read(plan.manifest), description, signer, verdicts)
+            # Its driver was lost, perhaps, before anybody read its metrics.
+            meter.add({("error", code): count for code, count in summary.errors.items()})
+            meter.add({(verdict, ""): summary.verdicts[verdict] for verdict in (Verdict.INTACT, Verdict.TAMPERED)})
+        else:
+            parts = _Parts(plan, description, signer)
+            _count_stored(plan, parts, verdicts, meter)
+            if plan.missing:
+                _execute(plan, _settings(plan), signer, verdicts, progress, worker, parts, meter)
+            summary = _commit(plan, description, signer, verdicts)
         complete = True
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, UsageError) and not verdicts[Verdict.TAMPERED]:
@@ -230,12 +229,29 @@ def _settings(plan: Plan) -> AuditSettings:
 
 
 def _count_stored(plan: Plan, parts: _Parts, verdicts: Counter[str], meter: AuditMeter) -> None:
-    """Count what an earlier attempt of this run found, before anything else can go wrong."""
+    """Count what an earlier attempt of this run found, before anything else can go wrong.
+
+    Raises:
+        UsageError, StorageError: A part cannot be used; all others have been counted.
+    """
+
+    def read(shard: int) -> pa.Table | UsageError | StorageError:
+        try:
+            return parts.read(shard)
+        except (UsageError, StorageError) as error:
+            return error
+
+    wrong: UsageError | StorageError | None = None
     with ThreadPoolExecutor(storage.IO_THREADS) as pool:
-        for table in pool.map(parts.read, sorted(set(range(plan.run.shards)) - set(plan.missing))):
+        for table in pool.map(read, sorted(set(range(plan.run.shards)) - set(plan.missing))):
+            if isinstance(table, UsageError | StorageError):
+                wrong = wrong or table
+                continue
             found = Counter(zip(table["verdict"].to_pylist(), table["error_code"].to_pylist(), strict=True))
             verdicts.update(table["verdict"].to_pylist())
             meter.add({(verdict, code or ""): count for (verdict, code), count in found.items()})
+    if wrong is not None:
+        raise wrong
 
 
 def _execute(
@@ -263,7 +279,7 @@ def _execute(
         settings,
         actors=job.actors or _room_for_actors(job.gpus_per_actor),
         timeout_s=job.timeout_s,
-        before=_Before(plan, signer.public_key).of if plan.before is not None else nothing,
+        before=_before(plan, signer.public_key),
         meter=meter,
     )
     waiting: defaultdict[int, dict[int, AuditRecord]] = defaultdict(dict)
@@ -287,16 +303,26 @@ def _execute(
             write.result()
 
 
+def _before(plan: Plan, public_key: str) -> Callable[[CatalogEntry], AuditRecord | None]:
+    """What may be carried forward of each entry: nothing, where the earlier run is not whole and this company's own."""
+    if plan.before is None:
+        return nothing
+    try:
+        return _Before(plan, public_key).of
+    except (UsageError, StorageError) as error:
+        if isinstance(error, StorageError) and error.code is not ErrorCode.OBJECT_MISSING:
+            raise
+        log.error("nothing is carried forward, every model is audited: %s", error)  # noqa: TRY400  # a sentence for a person
+        return nothing
+
+
 class _Before:
     """Intact records of an earlier run, by what they are of: candidates to be carried forward."""
 
     def __init__(self, plan: Plan, public_key: str) -> None:
         assert plan.before is not None
         assert plan.job.carry_days is not None
-        try:
-            parts = read_run(storage.absolute(plan.job.out), plan.before.run_id, [public_key], plan.before)
-        except UsageError as error:
-            raise UsageError(f"{error}; to audit meanwhile, leave --incremental away") from None
+        parts = read_run(storage.absolute(plan.job.out), plan.before.run_id, [public_key], plan.before)
         oldest = datetime.now(UTC) - timedelta(days=plan.job.carry_days)
         # One table, of which rows are taken when their turn comes: 100,000 records as objects are 300 MB.
         self._table = pa.concat_tables(parts, promote_options="default")
@@ -407,7 +433,7 @@ def _foreign(uri: str, error: ValueError) -> UsageError:
 # -------------------------------------------------------------------------------------------- commit
 
 
-def _commit(plan: Plan, description: bytes, signer: Signer) -> Summary:
+def _commit(plan: Plan, description: bytes, signer: Signer, verdicts: Counter[str]) -> Summary:
     """Write the manifest from the parts as stored: of two drivers, the first to write a part has it."""
     names = [plan.run.part(shard) for shard in range(plan.run.shards)]
     with ThreadPoolExecutor(storage.IO_THREADS) as pool:
@@ -416,11 +442,11 @@ def _commit(plan: Plan, description: bytes, signer: Signer) -> Summary:
     for shard, data in enumerate(parts.values()):
         signed.checked(shard, data)
     storage.create(plan.manifest, signer.sign(MANIFEST, manifest(plan.run, description, parts)))
-    return _entered(plan, storage.read(plan.manifest), description, signer)
+    return _entered(plan, storage.read(plan.manifest), description, signer, verdicts)
 
 
-def _entered(plan: Plan, data: bytes, description: bytes, signer: Signer) -> Summary:
-    """The summary of a run that has a manifest, once the ledger has it, too.
+def _entered(plan: Plan, data: bytes, description: bytes, signer: Signer, verdicts: Counter[str]) -> Summary:
+    """The summary of a run that has a manifest, once the ledger has it, too; `verdicts` become the manifest's.
 
     Raises:
         UsageError: No driver of this run wrote the manifest.
@@ -428,6 +454,8 @@ def _entered(plan: Plan, data: bytes, description: bytes, signer: Signer) -> Sum
     values = _signed_here(plan.manifest, data, MANIFEST, signer)
     if (values["run_id"], values["run_sha256"]) != (plan.run.run_id, hashlib.sha256(description).hexdigest()):
         raise _foreign(plan.manifest, ValueError("is another run's"))
+    verdicts.clear()
+    verdicts.update(values["verdicts"])
     out, started = storage.absolute(plan.job.out), plan.run.started_at
     head = ledger.append(out, plan.run.run_id, started, data, signer.sign, [signer.public_key])
     return Summary(
@@ -450,19 +478,19 @@ def _signer(worker: type[AuditWorker], settings: AuditSettings) -> Signer:
     def certify(public_key: str) -> bytes:
         for attempt in (1, 2):
             actor = _spawner(worker, settings, 0.0)()
-            answer = actor.certify.remote(public_key)
             try:
-                while not ray.wait([answer], timeout=PATIENCE_S)[0]:
+                placed = actor.__ray_ready__.remote()
+                while not ray.wait([placed], timeout=PATIENCE_S)[0]:
                     log.info("no worker yet that could certify: waiting for room in the cluster")
-                signed: bytes = ray.get(answer)
+                signed: bytes = ray.get(actor.certify.remote(public_key), timeout=START_S)
             except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, UsageError) else error) from None
-            except RayError as error:  # its node is gone, say
-                log.warning("the worker that was to certify died (attempt %d): %s", attempt, reason(error))
+            except RayError as error:  # its node is gone, say, or hangs
+                log.warning("the worker that was to certify did not (attempt %d): %s", attempt, reason(error))
             else:
                 return signed
             finally:
                 ray.kill(actor)
-        raise FwmError(ErrorCode.WORKER_DIED, "two workers died before they could certify what this driver signs")
+        raise FwmError(ErrorCode.WORKER_DIED, "neither of two workers certified what this driver signs")
 
     return SessionKey(certify)

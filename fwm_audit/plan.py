@@ -101,6 +101,7 @@ def plan_audit(job: AuditJob) -> Plan:
     """What a run would do. Reads the catalog, the sealed keys and the output; writes nothing.
 
     Raises:
+        StorageError: The store does not answer.
         UsageError: The catalog cannot be used, or the stored run of this id has other settings.
     """
     check_run_id(job.run_id)
@@ -108,7 +109,10 @@ def plan_audit(job: AuditJob) -> Plan:
     try:
         data = storage.read(catalog)
     except StorageError as error:
-        raise UsageError(f"cannot read the catalog: {error.message}") from None
+        message = f"cannot read the catalog: {error.message}"
+        if error.code is ErrorCode.OBJECT_MISSING:
+            raise UsageError(message) from None
+        raise StorageError(error.code, message) from None
     # What takes long is begun first, so that no worker is alone with it in the end; else in the catalog's order.
     entries = tuple(sorted(read_catalog(data, catalog, allow_local=job.allow_local), key=_first_the_large))
     base = str(Path.cwd())

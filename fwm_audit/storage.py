@@ -56,10 +56,10 @@ _S3_OPTIONS: Final[dict[str, Any]] = {
     },
 }
 _MARK: Final = "fwm-write"
-#: Names of unfinished local writes, where the file system knows no unnamed files.
 #: Small objects that are read or written at a time.
 IO_THREADS: Final = 16
 _FILE: Final = "file://"
+#: Names of unfinished local writes, where the file system knows no unnamed files.
 _UNFINISHED: Final = ".fwm-unfinished-"
 
 

@@ -15,7 +15,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fwm_audit import logs
-from fwm_audit.errors import FwmError
+from fwm_audit.errors import FwmError, UsageError
 from fwm_audit.fleet import IncompleteError, run_audit
 from fwm_audit.plan import AuditJob, plan_audit
 from fwm_audit.records import counts
@@ -103,10 +103,12 @@ def audit(
         log.info("run %s: %d of %d shards to audit", job.run_id, len(plan.missing), plan.run.shards)
         with _cli.cluster(), _progress() as progress:
             summary = run_audit(plan, progress=progress)
-    except (IncompleteError, FwmError) as error:  # the latter before the first model
-        verdicts = error.verdicts if isinstance(error, IncompleteError) else counts(())
+    except (IncompleteError, FwmError, UsageError) as error:
+        verdicts = error.verdicts if isinstance(error, IncompleteError) else counts(())  # the others: before any model
         log.error("%s", error)  # noqa: TRY400  # a sentence for a person; the traceback says nothing more
         _cli.emit(hook, run_id=job.run_id, complete=False, **verdicts)
+        if isinstance(error, UsageError):
+            raise typer.Exit(_cli.EXIT_USAGE) from None
         raise typer.Exit(exit_code(verdicts, complete=False)) from None
     _cli.emit(
         hook,

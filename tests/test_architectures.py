@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_not_allowed(spec):
 
 
 def test_the_code_behind_a_factory_has_a_digest(tmp_path, monkeypatch):
-    """Of all code of its package, and of nothing that is none; without running any of it."""
+    """Of all files of its package, but what Python caches; without running any. None where it may be elsewhere, too."""
 
     def code_sha256(package):
         architectures.code_sha256.cache_clear()
@@ -96,12 +97,28 @@ def test_the_code_behind_a_factory_has_a_digest(tmp_path, monkeypatch):
     seen.append(code_sha256("acme_nets"))
     (tmp_path / "acme_nets/__init__.py").write_text("")
     seen.append(code_sha256("acme_nets"))
-    (tmp_path / "acme_nets/README.md").write_text("")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "acme_nets/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/circle").symlink_to(tmp_path / "acme_nets")
+    (tmp_path / "elsewhere/shared.py").write_text("")
+    seen.append(code_sha256("acme_nets"))
+    (tmp_path / "elsewhere/shared.py").write_text("x = 2")
+    seen.append(code_sha256("acme_nets"))
+    (tmp_path / "acme_nets/compiled.pyc").write_bytes(b"")
+    seen.append(code_sha256("acme_nets"))
+    (tmp_path / "acme_nets/widths.yaml").write_text("8")
+    seen.append(code_sha256("acme_nets"))
     (tmp_path / "acme_nets/__pycache__").mkdir()
     (tmp_path / "acme_nets/__pycache__/layers.cpython-311.pyc").write_bytes(b"")
     assert code_sha256("acme_nets") == seen[-1]
     assert None not in seen
     assert len(set(seen)) == len(seen)
     assert code_sha256("sys") is None  # has no file
+    (tmp_path / "acme_nets/__init__.py").write_text("__path__ = __import__('pkgutil').extend_path(__path__, __name__)")
+    assert code_sha256("acme_nets") is None
+    with zipfile.ZipFile(tmp_path / "zipped.zip", "w") as archive:
+        archive.writestr("acme_zipped/nets.py", "")
+    monkeypatch.syspath_prepend(str(tmp_path / "zipped.zip"))
+    assert code_sha256("acme_zipped") is None
     assert not {"acme_nets", "acme_single"} & sys.modules.keys()
     architectures.code_sha256.cache_clear()

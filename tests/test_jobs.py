@@ -241,9 +241,26 @@ def test_an_audit_that_cannot_begin_ends_with_its_closing_line(s3, secret, tmp_p
     out = s3.replace("s3://", "s3://no-such-")
     command = ("jobs.audit", "--catalog", str(tmp_path / "c.csv"), "--keys", f"{s3}/keys", "--out", out)
     code, closing, said = job(*command, "--run-id", "night", environment={"FWM_MASTER_KEY_FILE": str(secret)})
-    assert (code, closing) == (3, {"run_id": "night", "complete": False, "intact": 0, "tampered": 0, "error": 0})
+    nothing = {"run_id": "night", "complete": False, "intact": 0, "tampered": 0, "error": 0}
+    assert (code, closing) == (3, nothing)
     assert "bucket" in said
     assert "Traceback" not in said
+    # A catalog that is not there is the operator's to mend; a store that does not answer is not.
+    for catalog, expected in ((f"{s3}/none.csv", 2), (f"{s3}/none.csv".replace("s3://", "s3://no-such-"), 3)):
+        command = (
+            "jobs.audit",
+            "--catalog",
+            catalog,
+            "--keys",
+            f"{s3}/keys",
+            "--out",
+            f"{s3}/out",
+            "--run-id",
+            "night",
+        )
+        code, closing, said = job(*command)
+        assert (code, closing) == (expected, nothing), said
+        assert "cannot read the catalog" in said
 
 
 def test_a_cluster_that_does_not_answer_is_one_sentence(monkeypatch):
