@@ -142,7 +142,7 @@ def code_sha256(package: str) -> str | None:
             return None
         for place in map(Path, found.submodule_search_locations or [found.origin or package]):
             for path in [place] if place.is_file() else _files(place):
-                if path.suffix == ".py" and b"__path__" in path.read_bytes():
+                if path.name == "__init__.py" and b"__path__" in path.read_bytes():
                     return None
                 with path.open("rb") as file:
                     lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {path.relative_to(place)}")

@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 #: Who signs a run's files.
 Signer = MasterSecret | SessionKey
 #: Records so far, records of a complete run, records by verdict.

@@ -106,7 +106,7 @@ def test_the_code_behind_a_factory_has_a_digest(tmp_path, monkeypatch):
     seen.append(code_sha256("acme_nets"))
     (tmp_path / "acme_nets/compiled.pyc").write_bytes(b"")
     seen.append(code_sha256("acme_nets"))
-    (tmp_path / "acme_nets/widths.yaml").write_text("8")
+    (tmp_path / "acme_nets/widths.yaml").write_text("__path__")  # which means nothing there
     seen.append(code_sha256("acme_nets"))
     (tmp_path / "acme_nets/__pycache__").mkdir()
     (tmp_path / "acme_nets/__pycache__/layers.cpython-311.pyc").write_bytes(b"")
