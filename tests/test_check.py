@@ -84,6 +84,9 @@ def world(tmp_path_factory):
     return World(folder, task, published, state)
 
 
+# -------------------------------------------------------------------------------------- forms of one release, and edits
+
+
 def test_the_released_file_is_intact_with_every_fact(world):
     record = world.audit()
     assert (record.verdict, record.displacement) == ("intact", "none")
@@ -215,6 +218,9 @@ def test_an_object_that_does_not_fit_is_an_error_and_not_read(world, s3):
         assert "--memory" in record.error_message
 
 
+# ----------------------------------------------------------------------------------------- what one worker sees of many
+
+
 def test_no_state_leaks_from_one_model_to_the_next(world):
     """A tampered model audited between two intact ones, on one worker with one cached skeleton."""
     flipped = {n: t + 1e-3 if t.is_floating_point() else t for n, t in world.state.items()}
@@ -317,6 +323,9 @@ def test_weights_that_stay_elsewhere_are_an_error(world):
     save_file(moved, world.folder / "elsewhere-moved.st")
     record = world.audit("elsewhere-moved.st", arch="factory:tests.nets:Elsewhere")
     assert record.error_code == "checkpoint_does_not_fit_arch"
+
+
+# ---------------------------------------------------------------------------- what is wrong with a file, a row or a key
 
 
 class Payload:
